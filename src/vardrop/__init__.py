@@ -1,0 +1,29 @@
+"""vardrop makes PyTorch networks Bayesian, sparse and really smaller.
+
+convert -> train with ELBO -> prune -> compact -> save, export, measure.
+"""
+
+from vardrop import functional as functional
+from vardrop import warmup as warmup
+from vardrop.cite import cite as cite
+from vardrop.elbo import ELBO as ELBO
+from vardrop.elbo import kl as kl
+from vardrop.methods import ARD as ARD
+from vardrop.methods import VBD as VBD
+from vardrop.methods import BernoulliDropout as BernoulliDropout
+from vardrop.methods import GammaARD as GammaARD
+from vardrop.methods import GaussianDropout as GaussianDropout
+from vardrop.methods import Method as Method
+from vardrop.methods import SparseVD as SparseVD
+from vardrop.methods import StudentT as StudentT
+from vardrop.methods import VariationalDropout as VariationalDropout
+from vardrop.methods import methods as methods
+from vardrop.predict import noise as noise
+from vardrop.predict import predict as predict
+from vardrop.sites import sites as sites
+from vardrop.surgery.convert import convert as convert
+from vardrop.surgery.convert import strip as strip
+from vardrop.surgery.prune import prune as prune
+from vardrop.surgery.prune import unprune as unprune
+
+__version__ = "0.1.0"

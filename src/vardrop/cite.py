@@ -1,0 +1,18 @@
+"""Which papers a model rests on."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vardrop.sites import sites
+
+
+def cite(model: nn.Module) -> str:
+    """BibTeX of the methods in use in a converted `model`.
+
+    >>> net = vd.convert(torch.nn.Linear(8, 4), vd.VBD())
+    >>> print(vd.cite(net).splitlines()[0])
+    @misc{liu2019variational,
+    """
+    papers = {site.method.paper.key: site.method.paper for site in sites(model)}
+    return "\n\n".join(paper.bibtex for paper in papers.values())

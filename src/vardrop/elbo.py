@@ -1,0 +1,93 @@
+"""The objective: mean negative log-likelihood plus the KL, divided by the number of training examples once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vardrop import warmup as schedules
+from vardrop.errors import InvalidValueError
+from vardrop.sites import sites
+
+
+def kl(model: nn.Module) -> Tensor:
+    """KL of all noise in `model` to its priors: a sum over every weight, in nats; differentiable scalar.
+
+    Zero for a model without noise.
+
+    >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
+    >>> vd.kl(net).requires_grad
+    True
+    """
+    parts = [site.method.kl(site.noise, site.weight) for site in sites(model)]
+    first = next(model.parameters(), torch.zeros(()))
+    return sum(parts[1:], parts[0]) if parts else torch.zeros((), device=first.device)
+
+
+class ELBO:
+    """The negative evidence lower bound per example, to be minimised.
+
+    ``loss = nll + beta * kl / num_data`` with ``beta = kl_factor * warmup(epoch)``. Call :meth:`step_epoch` at the
+    start of every epoch, so that the first epoch is number 0.
+
+    Args:
+        num_data: training examples, augmentation not counted; predicted tokens for a language model.
+        warmup: weight of the KL by epoch, see :mod:`vardrop.warmup`; constant by default.
+        kl_factor: constant factor on the KL, such as 0.05 for VGG in arXiv:1811.00596.
+
+    Attributes:
+        nll: mean negative log-likelihood of the last call, nats per example.
+        kl: KL of the last call, nats, summed over all weights and not yet divided.
+
+    >>> elbo = vd.ELBO(num_data=100, warmup=vd.warmup.linear(epochs=2))
+    >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
+    >>> elbo.step_epoch(); elbo.step_epoch()
+    >>> loss = elbo(net, torch.nn.functional.cross_entropy(net(torch.randn(5, 8)), torch.zeros(5).long()))
+    >>> torch.allclose(loss, elbo.nll + 0.5 * elbo.kl / 100)
+    True
+    """
+
+    nll: Tensor
+    kl: Tensor
+
+    def __init__(
+        self, num_data: int, *, warmup: schedules.Schedule | None = None, kl_factor: float = 1.0
+    ) -> None:
+        if not num_data > 0:
+            raise InvalidValueError(f"num_data={num_data}: must be the number of training examples, above 0")
+        if not 0.0 <= kl_factor < math.inf:
+            raise InvalidValueError(f"kl_factor={kl_factor}: must be a finite number, at least 0")
+        self.num_data = num_data
+        self.warmup = schedules.constant() if warmup is None else warmup
+        self.kl_factor = kl_factor
+        self.epoch = -1
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL at present."""
+        return self.kl_factor * self.warmup(max(self.epoch, 0))
+
+    def step_epoch(self) -> None:
+        """Begins the next epoch."""
+        self.epoch += 1
+
+    def __call__(self, model: nn.Module, nll: Tensor) -> Tensor:
+        """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example."""
+        if nll.dim() != 0:
+            raise InvalidValueError(
+                f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch"
+            )
+        total = kl(model)
+        self.nll, self.kl = nll.detach(), total.detach()
+        return nll + total * (self.beta / self.num_data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the epoch."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the epoch of :meth:`state_dict`."""
+        self.epoch = int(state["epoch"])

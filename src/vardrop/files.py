@@ -1,0 +1,28 @@
+"""Writing a file so that nobody ever sees half of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from vardrop.errors import StorageError
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file beside `path`, flushes it to disk and renames it to `path` in one stroke.
+
+    Raises:
+        StorageError: the file could not be written; what was at `path` before is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"{path} could not be written ({error}); what was there before is unharmed") from error
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,21 @@
+"""The methods: one file and one export line each."""
+
+from vardrop.methods.ard import ARD as ARD
+from vardrop.methods.base import Method as Method
+from vardrop.methods.dropout import BernoulliDropout as BernoulliDropout
+from vardrop.methods.dropout import GaussianDropout as GaussianDropout
+from vardrop.methods.gamma_ard import GammaARD as GammaARD
+from vardrop.methods.sparse_vd import SparseVD as SparseVD
+from vardrop.methods.student_t import StudentT as StudentT
+from vardrop.methods.variational import VariationalDropout as VariationalDropout
+from vardrop.methods.vbd import VBD as VBD
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by its name on the command line.
+
+    >>> vd.methods()["sparse-vd"]
+    <class 'vardrop.methods.sparse_vd.SparseVD'>
+    """
+    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, Method)]
+    return {cls.command_name(): cls for cls in found if cls is not Method}

@@ -1,0 +1,36 @@
+"""The shared half of every method with the additive posterior ``w = mean + std * eps``, one std per weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from vardrop.methods.base import WeightMethod
+from vardrop.noise import AdditiveNoise, Layout, Noise
+
+
+@dataclass(frozen=True)
+class AdditiveMethod(WeightMethod):
+    """A Gaussian posterior per weight; a subclass says what it costs.
+
+    Args:
+        init_log_std: first value of log std.
+        init_spread: standard deviation of the first values around it.
+    """
+
+    init_log_std: float = -5.0
+    init_spread: float = 0.0
+
+    def divergence(self, mean: Tensor, log_std: Tensor) -> Tensor:
+        """KL to the prior of each weight, nats, elementwise."""
+        raise NotImplementedError(f"{type(self).__name__} must say its divergence")
+
+    def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        return AdditiveNoise(
+            weight, self.init_log_std, init_spread=self.init_spread, sampling=self.sampling
+        )
+
+    def kl(self, noise: Noise, weight: Tensor) -> Tensor:
+        return noise.masked(self.divergence(weight, cast(AdditiveNoise, noise).log_std)).sum()

@@ -1,0 +1,143 @@
+"""What a method is: a name for a noise, a divergence that the noise pays, and a rule that says when a weight is dead."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vardrop.errors import InvalidValueError
+from vardrop.noise import Layout, Noise
+
+RuleName = Literal["log_alpha", "magnitude", "snr"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The source of a method."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def bibtex(self) -> str:
+        """A BibTeX entry."""
+        return (
+            f"@misc{{{self.key},\n  title = {{{self.title}}},\n  author = {{{self.authors}}},\n"
+            f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}}\n}}"
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen value with documented hyper-parameters and its paper's defaults.
+
+    A subclass says :meth:`noise` and, where it has one, :meth:`kl`, :meth:`score` and :meth:`project`. Names, the
+    command line and the conformance tests follow from the class.
+    """
+
+    paper: ClassVar[Paper]
+    default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
+
+    @classmethod
+    def command_name(cls) -> str:
+        """The method's name on the command line: ``SparseVD`` is ``sparse-vd``."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+    @classmethod
+    def one_line(cls) -> str:
+        """The first sentence of the method's docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        """A fresh noise for a layer with this `weight`, whose axes are told by `layout`."""
+        raise NotImplementedError(f"{type(self).__name__} must make a noise")
+
+    def kl(self, noise: Noise, weight: Tensor) -> Tensor:
+        """What the noise pays, summed over all live elements, in nats: a scalar in float32 or better."""
+        return torch.zeros((), device=weight.device)
+
+    def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
+        """Float64 scores of the weight's shape, live where ``>= cutoff(threshold)``; ``None``: nothing ever dies."""
+        return None
+
+    def cutoff(self, threshold: float | None = None) -> float:
+        """The least score that lives, for the method's own threshold or for another one."""
+        raise InvalidValueError(f"{type(self).__name__} has no pruning rule, so it has no threshold")
+
+    def project(self, noise: Noise) -> None:
+        """Puts the noise's parameters back into their domain after an optimiser step, in place."""
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """A method on weights, with a choice of pruning rule and of where the sample is drawn.
+
+    Args:
+        rule: ``"log_alpha"`` kills a weight at ``log alpha >= threshold``, ``"magnitude"`` at
+            ``|mean| < threshold``, ``"snr"`` at ``|mean| / std <= threshold``; ``None`` kills none.
+        threshold: ``None`` for the rule's usual one (3, 0.01 and 1).
+        sampling: ``"local"`` reparameterisation or the ``"weight"`` itself, once per minibatch.
+    """
+
+    rule: RuleName | None = None
+    threshold: float | None = None
+    sampling: Literal["local", "weight"] = "local"
+
+    def __post_init__(self) -> None:
+        if self.rule is not None:
+            _check_choice(self, "rule", self.rule, tuple(self.default_thresholds))
+        _check_choice(self, "sampling", self.sampling, ("local", "weight"))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise InvalidValueError(f"{type(self).__name__}({field.name}={value}): must be a number, not NaN")
+
+    def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
+        if self.rule is None:
+            return None
+        if self.rule == "magnitude":
+            return weight.detach().double().abs()
+        log_alpha = noise.log_alpha(weight)
+        if log_alpha is None:
+            return None
+        log_alpha = log_alpha.detach().double()
+        return -log_alpha if self.rule == "log_alpha" else torch.exp(-0.5 * log_alpha)
+
+    def cutoff(self, threshold: float | None = None) -> float:
+        if self.rule is None:
+            return super().cutoff(threshold)
+        value = threshold if threshold is not None else self.threshold
+        value = self.default_thresholds[self.rule] if value is None else value
+        if math.isnan(value):
+            raise InvalidValueError(f"threshold={value}: must be a number")
+        if self.rule == "magnitude":
+            return value
+        return math.nextafter(-value if self.rule == "log_alpha" else value, math.inf)
+
+
+def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidValueError(
+            f"{type(method).__name__}({field}={value!r}): must be one of {', '.join(map(repr, allowed))}"
+        )
+
+
+def check_range(
+    method: Method, field: str, *, above: float = -math.inf, below: float = math.inf, closed: bool = False
+) -> None:
+    """Raises unless ``above < value < below`` (with equality allowed if `closed`), naming method, field and value."""
+    value = getattr(method, field)
+    inside = above <= value <= below if closed else above < value < below
+    if not inside:
+        sign = "<=" if closed else "<"
+        raise InvalidValueError(
+            f"{type(method).__name__}({field}={value}): must satisfy {above:g} {sign} {field} {sign} {below:g}"
+        )

@@ -1,0 +1,79 @@
+"""Dropout at a fixed rate: the two baselines that every Bayesian method starts from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vardrop.methods.base import Method, Paper, WeightMethod, check_range
+from vardrop.noise import BernoulliNoise, Layout, MultiplicativeNoise, Noise
+
+
+@dataclass(frozen=True)
+class BernoulliDropout(Method):
+    """Bernoulli dropout: each input of a layer is dropped with a fixed probability and the rest is scaled up.
+
+    Args:
+        rate: probability of dropping, in [0, 1).
+
+    Source: arXiv:1207.0580.
+
+    >>> net = vd.convert(torch.nn.Linear(4, 2), vd.BernoulliDropout(rate=0.2))
+    >>> vd.kl(net).item()
+    0.0
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        "hinton2012improving",
+        "Improving neural networks by preventing co-adaptation of feature detectors",
+        "Hinton, Geoffrey E. and Srivastava, Nitish and Krizhevsky, Alex and Sutskever, Ilya and "
+        "Salakhutdinov, Ruslan R.",
+        2012,
+        "1207.0580",
+    )
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(self, "rate", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+
+    def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        return BernoulliNoise(self.rate)
+
+
+@dataclass(frozen=True)
+class GaussianDropout(WeightMethod):
+    """Gaussian dropout: weights with a fixed variance of rate / (1 - rate) times their squared mean.
+
+    Independent weights and local reparameterisation, so the outputs are independent given the input.
+
+    Args:
+        rate: the Bernoulli rate with the same mean and variance, in (0, 1).
+
+    Source: arXiv:1506.02557, section 3.2.
+
+    >>> net = vd.convert(torch.nn.Linear(4, 2), vd.GaussianDropout(rate=0.2))
+    >>> vd.kl(net).item()
+    0.0
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        "kingma2015variational",
+        "Variational Dropout and the Local Reparameterization Trick",
+        "Kingma, Diederik P. and Salimans, Tim and Welling, Max",
+        2015,
+        "1506.02557",
+    )
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "rate", above=0.0, below=1.0)
+
+    def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        log_alpha = math.log(self.rate) - math.log1p(-self.rate)
+        return MultiplicativeNoise(
+            weight, layout, log_alpha=log_alpha, sharing="layer", learned=False, sampling=self.sampling
+        )

@@ -1,0 +1,64 @@
+"""Variational dropout with learned, shared rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from vardrop import functional as F
+from vardrop.methods.base import Paper, WeightMethod, _check_choice, check_range
+from vardrop.methods.dropout import GaussianDropout
+from vardrop.noise import Layout, MultiplicativeNoise, Noise
+
+SHARING = ("layer", "input", "output", "weight")
+
+
+@dataclass(frozen=True)
+class VariationalDropout(WeightMethod):
+    """Variational dropout: learned rates alpha <= 1, shared by a layer, an input, an output, or of each weight.
+
+    The KL to the log-uniform prior counts once for each weight that shares an alpha.
+
+    Args:
+        alpha: who shares one alpha.
+        init_log_alpha: first value of log alpha, at most 0.
+        form: ``"exact"``, ``"sigmoid"``, or ``"cubic"`` as in the paper.
+
+    Source: arXiv:1506.02557, section 3.
+
+    >>> net = vd.convert(torch.nn.Linear(4, 2), vd.VariationalDropout(alpha="input"))
+    >>> net.noise.shared_log_alpha.shape
+    torch.Size([1, 4])
+    """
+
+    paper: ClassVar[Paper] = GaussianDropout.paper
+    alpha: Literal["layer", "input", "output", "weight"] = "layer"
+    init_log_alpha: float = -3.0
+    form: Literal["exact", "sigmoid", "cubic"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "alpha", self.alpha, SHARING)
+        _check_choice(self, "form", self.form, ("exact", "sigmoid", "cubic"))
+        check_range(self, "init_log_alpha", below=0.0, closed=True)
+
+    def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        return MultiplicativeNoise(
+            weight,
+            layout,
+            log_alpha=self.init_log_alpha,
+            sharing=self.alpha,
+            learned=True,
+            sampling=self.sampling,
+        )
+
+    def kl(self, noise: Noise, weight: Tensor) -> Tensor:
+        log_alpha = cast(MultiplicativeNoise, noise).log_alpha(weight)
+        return noise.masked(F.log_uniform_kl_from_log_alpha(log_alpha, form=self.form)).sum()
+
+    def project(self, noise: Noise) -> None:
+        with torch.no_grad():
+            cast(MultiplicativeNoise, noise).shared_log_alpha.data.clamp_(max=0.0)

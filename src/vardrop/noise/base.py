@@ -1,0 +1,67 @@
+"""What every noise shares: its two switches, noise and mask, and the call a layer makes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vardrop.lrt import Operation
+
+
+class Layout(NamedTuple):
+    """Which axis of a weight counts outputs and which inputs, and into how many groups the layer is split."""
+
+    out_axis: int = 0
+    in_axis: int = 1
+    groups: int = 1
+
+
+class Noise(nn.Module):
+    """Noise on the weights or the inputs of one layer.
+
+    Attributes:
+        on: ``True`` or ``False`` forces the noise; ``None`` follows ``training``, as dropout does.
+        mask: boolean, of the weight's shape: what :func:`vardrop.prune` left alive; ``None`` while unpruned.
+        generator: source of the draws; ``None`` for torch's default generator.
+        method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on: bool | None = None
+        self.generator: torch.Generator | None = None
+        self.method: Any = None
+        self.register_buffer("mask", None)
+
+    @property
+    def active(self) -> bool:
+        """Whether the next call draws noise."""
+        return self.training if self.on is None else self.on
+
+    def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it acts on a layer's operation")
+
+    def log_alpha(self, weight: Tensor) -> Tensor | None:
+        """``log(variance / mean^2)`` of each element, or ``None`` where the family has no such thing."""
+        return None
+
+    def masked(self, weight: Tensor) -> Tensor:
+        """`weight` with its dead elements at zero."""
+        return weight if self.mask is None else weight * self.mask
+
+    def extra_repr(self) -> str:
+        return "" if self.method is None else repr(self.method)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "mask")
+        self.mask = None if stored is None else torch.ones_like(stored, device=self._device())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _device(self) -> torch.device | None:
+        first = next(self.parameters(), None)
+        return None if first is None else first.device

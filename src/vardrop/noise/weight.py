@@ -1,0 +1,138 @@
+"""Gaussian noise on weights. The layer's own ``weight`` is the posterior mean; the noise holds the spread."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vardrop import functional as F
+from vardrop.lrt import Operation, at_least_float32, local_sample, weight_sample
+from vardrop.noise.base import Layout, Noise
+
+Sampling = Literal["local", "weight"]
+Sharing = Literal["layer", "input", "output", "weight"]
+
+
+class WeightNoise(Noise):
+    """A Gaussian posterior over each weight, sampled at the layer's output (``local``) or in the weights themselves."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        super().__init__()
+        self.sampling: Sampling = sampling
+
+    def variance(self, weight: Tensor) -> Tensor:
+        """Posterior variance of each weight; broadcasts to `weight`."""
+        raise NotImplementedError(f"{type(self).__name__} must give the variance of its weights")
+
+    def log_alpha(self, weight: Tensor) -> Tensor:
+        """``log(variance / mean^2)`` of each weight, for reports and pruning rules."""
+        raise NotImplementedError(f"{type(self).__name__} must give the log alpha of its weights")
+
+    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
+        """The mean that a noisy pass uses."""
+        return weight
+
+    def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.active:
+            return operation(x, self.masked(weight), bias)
+        variance = self.variance(weight)
+        mean = self.masked(self.noisy_mean(weight, variance))
+        sample = local_sample if self.sampling == "local" else weight_sample
+        return sample(operation, x, mean, self.masked(variance), bias, generator=self.generator)
+
+
+class AdditiveNoise(WeightNoise):
+    """``w = mean + exp(log_std) * eps``: the additive form, whose gradient in the mean is free of noise.
+
+    Args:
+        weight: the host's weight, the posterior mean; any shape.
+        init_log_std: first value of ``log_std``.
+        init_spread: standard deviation of those first values around `init_log_std`.
+        sampling: ``"local"`` or ``"weight"``.
+        clip_log_alpha: weights whose log alpha has reached it take no part in the noisy mean, their noise stays.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        init_log_std: float,
+        *,
+        init_spread: float = 0.0,
+        sampling: Sampling = "local",
+        clip_log_alpha: float | None = None,
+    ) -> None:
+        super().__init__(sampling)
+        self.clip_log_alpha = clip_log_alpha
+        start = torch.full_like(at_least_float32(weight.detach()), init_log_std)
+        if init_spread:
+            start += init_spread * torch.randn_like(start)
+        self.log_std = nn.Parameter(start)
+
+    def variance(self, weight: Tensor) -> Tensor:
+        return torch.exp(2.0 * self.log_std)
+
+    def log_alpha(self, weight: Tensor) -> Tensor:
+        return F.log_alpha(weight, self.log_std)
+
+    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
+        if self.clip_log_alpha is None:
+            return weight
+        squared_bound = math.exp(-self.clip_log_alpha) * variance.detach()
+        return weight * (weight.detach().square() > squared_bound)
+
+
+class MultiplicativeNoise(WeightNoise):
+    """``w = mean * (1 + sqrt(alpha) * eps)`` with alpha shared by a layer, an input, an output, or by no one.
+
+    Args:
+        weight: the host's weight, the posterior mean; any shape.
+        layout: the axes and groups of that weight.
+        log_alpha: first value of log alpha.
+        sharing: who shares one alpha.
+        learned: a Parameter if true, otherwise a constant buffer.
+        sampling: ``"local"`` or ``"weight"``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        layout: Layout,
+        *,
+        log_alpha: float,
+        sharing: Sharing,
+        learned: bool,
+        sampling: Sampling = "local",
+    ) -> None:
+        super().__init__(sampling)
+        reference = at_least_float32(weight.detach())
+        start = torch.full(_shared_shape(weight, layout, sharing), log_alpha, dtype=reference.dtype)
+        start = start.to(weight.device)
+        self.repeats = weight.shape[0] // start.shape[0] if start.shape[0] > 1 else 1
+        if learned:
+            self.shared_log_alpha = nn.Parameter(start)
+        else:
+            self.register_buffer("shared_log_alpha", start)
+
+    def log_alpha(self, weight: Tensor) -> Tensor:
+        return self._spread(self.shared_log_alpha).expand(weight.shape)
+
+    def variance(self, weight: Tensor) -> Tensor:
+        return self._spread(self.shared_log_alpha).exp() * at_least_float32(weight).square()
+
+    def _spread(self, shared: Tensor) -> Tensor:
+        return shared if self.repeats == 1 else shared.repeat_interleave(self.repeats, dim=0)
+
+
+def _shared_shape(weight: Tensor, layout: Layout, sharing: Sharing) -> tuple[int, ...]:
+    """Shape of the shared alphas; axis 1 counts within a group, so there every group has its own."""
+    ones = (1,) * weight.dim()
+    if sharing == "layer":
+        return ones
+    if sharing == "weight":
+        return tuple(weight.shape)
+    axis = layout.in_axis if sharing == "input" else layout.out_axis
+    shape = ones[:axis] + (weight.shape[axis],) + ones[axis + 1 :]
+    return (layout.groups, *shape[1:]) if axis == 1 else shape

@@ -1,0 +1,1 @@
+"""In (convert), mark (prune), out (compact): the only room that knows both methods and layers."""

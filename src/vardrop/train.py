@@ -1,0 +1,295 @@
+"""The training loop behind the command line, on accelerate: checkpoints, exact resume, logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vardrop import warmup
+from vardrop.elbo import ELBO
+from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
+from vardrop.files import replace_file
+from vardrop.sites import sites
+from vardrop.surgery.prune import would_live
+
+CHECKPOINT = "checkpoint.pt"
+HISTORY = "history.jsonl"
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run trains: everything but the net, the data and the method.
+
+    Args:
+        epochs: passes over the training data.
+        batch_size: examples a step.
+        lr: Adam's learning rate, constant up to epoch `decay_from` and then on a straight line to 0 at `epochs`.
+        decay_from: that epoch.
+        warmup_start: the last epoch with a KL weight of 0.
+        warmup_epochs: the epoch at which the KL weight reaches 1; 0 for the full KL from the start.
+        kl_factor: constant factor on the KL.
+        seed: of initialisation, order and noise.
+    """
+
+    epochs: int = 200
+    batch_size: int = 100
+    lr: float = 1e-3
+    decay_from: int = 100
+    warmup_start: int = 5
+    warmup_epochs: int = 20
+    kl_factor: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0.0 < self.lr < math.inf:
+            raise InvalidValueError(f"lr={self.lr}: must be a finite number above 0")
+        if not 0 <= self.decay_from <= self.epochs:
+            raise InvalidValueError(f"decay_from={self.decay_from}: must lie in 0 to {self.epochs}, the epochs")
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        if epoch < self.decay_from:
+            return self.lr
+        return self.lr * (self.epochs - epoch) / (self.epochs - self.decay_from)
+
+    def elbo(self, num_data: int) -> ELBO:
+        """The objective of this schedule for `num_data` training examples."""
+        ramp = warmup.linear(self.warmup_epochs, start=self.warmup_start) if self.warmup_epochs else None
+        return ELBO(num_data, warmup=ramp, kl_factor=self.kl_factor)
+
+
+class Loader(Protocol):
+    """Minibatches in an order that follows from the epoch alone."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+@dataclass
+class Epoch:
+    """One line of the history. Errors are fractions, `nll` is nats per example, `kl` nats in all."""
+
+    epoch: int
+    lr: float
+    beta: float
+    train_error: float
+    train_nll: float
+    kl: float
+    valid_error: float | None
+    test_error: float | None
+    nonzero: int
+    compression: float
+    seconds: float
+    alive: dict[str, int] = field(default_factory=dict)
+
+
+def train(
+    net: nn.Module,
+    batches: Loader,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    num_data: int,
+    evaluate: Callable[[nn.Module], tuple[float | None, float | None]],
+    identity: str,
+    on_step: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Trains a converted `net` in place and returns the history, one entry an epoch.
+
+    After each epoch ``history.jsonl`` and ``checkpoint.pt`` in `folder` are replaced in one stroke each. When `folder`
+    holds a checkpoint of the same `identity`, the run goes on behind its last finished epoch, and every number that
+    follows is the one that an unbroken run would have given.
+
+    Args:
+        net: the converted network.
+        batches: the training data.
+        schedule: how to train.
+        folder: where checkpoint, history and TensorBoard log go; made if missing.
+        num_data: training examples, for the ELBO.
+        evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
+        identity: a text that tells this run from others; a checkpoint with another one is refused.
+        on_step: called after every step.
+        on_epoch: called after every epoch with its line of the history.
+
+    Raises:
+        TrainingError: the loss is no longer finite; names the first layer concerned and the step.
+        StorageError: the checkpoint is foreign or damaged, or cannot be written.
+    """
+    accelerator = _accelerator(folder)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr)
+    elbo = schedule.elbo(num_data)
+    history = _resume(folder, identity, net, optimizer, elbo)
+    model, optimizer = accelerator.prepare(net, optimizer)
+    device = accelerator.device
+    for epoch in range(len(history), schedule.epochs):
+        started = perf_counter()
+        elbo.step_epoch()
+        batches.set_epoch(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr_at(epoch)
+        error, nll = _one_epoch(model, batches, optimizer, elbo, accelerator, device, on_step)
+        valid_error, test_error = evaluate(net)
+        counted = would_live(net)
+        history.append(
+            Epoch(
+                epoch=epoch,
+                lr=schedule.lr_at(epoch),
+                beta=elbo.beta,
+                train_error=error,
+                train_nll=nll,
+                kl=float(elbo.kl),
+                valid_error=valid_error,
+                test_error=test_error,
+                nonzero=counted.alive,
+                compression=counted.compression,
+                seconds=perf_counter() - started,
+                alive={name: count.alive for name, count in counted.layers.items()},
+            )
+        )
+        if accelerator.is_main_process:
+            _store(folder, identity, net, optimizer, elbo, history)
+        accelerator.log(_scalars(history[-1], num_data), step=epoch)
+        on_epoch(history[-1])
+    accelerator.end_training()
+    return history
+
+
+def _one_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    elbo: ELBO,
+    accelerator: Any,
+    device: torch.device,
+    on_step: Callable[[], None],
+) -> tuple[float, float]:
+    """Training error (fraction) and mean negative log-likelihood (nats) of one pass, both under noise."""
+    model.train()
+    wrong = torch.zeros((), device=device)
+    nll = torch.zeros((), device=device)
+    count = 0
+    for step, (inputs, labels) in enumerate(batches):
+        x, y = inputs.to(device), labels.to(device)
+        with accelerator.autocast():
+            logits = model(x)
+        logits = logits.float()
+        loss = elbo(model, F.cross_entropy(logits, y))
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"the loss is {loss.item()} at epoch {elbo.epoch}, step {step}: {_culprit(model, x)}; "
+                "the last finished epoch is kept; try a lower learning rate"
+            )
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wrong += (logits.detach().argmax(dim=1) != y).sum()
+        nll += elbo.nll * len(y)
+        count += len(y)
+        on_step()
+    return wrong.item() / count, nll.item() / count
+
+
+def _culprit(model: nn.Module, x: Tensor) -> str:
+    """Names the first layer with a parameter, and else the first with an output, that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            layer, _, kind = name.removeprefix("module.").partition(".noise.")
+            return f"layer {layer.removesuffix('.weight').removesuffix('.bias')!r} has a {kind or 'weight'} that is not finite"
+    if not torch.isfinite(x).all():
+        return "the input is not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    for site in sites(model):
+        if not torch.isfinite(site.method.kl(site.noise, site.weight)):
+            return f"the KL of layer {site.name!r} is not finite"
+    return f"layer {found[0]!r} gives an output that is not finite" if found else "no layer stands out"
+
+
+def _accelerator(folder: Path) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtraError("the training loop", "cli") from error
+    accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _scalars(epoch: Epoch, num_data: int) -> dict[str, float]:
+    values = {**asdict(epoch), "kl_per_example": epoch.kl / num_data}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _store(
+    folder: Path,
+    identity: str,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    elbo: ELBO,
+    history: list[Epoch],
+) -> None:
+    lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in history)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "identity": identity,
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "elbo": elbo.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "history": [asdict(epoch) for epoch in history],
+    }
+    replace_file(folder / HISTORY, lambda path: path.write_text(lines))
+    replace_file(folder / CHECKPOINT, lambda path: torch.save(checkpoint, path))
+
+
+def _resume(
+    folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO
+) -> list[Epoch]:
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return []
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        kind = stored["format"]
+    except Exception as error:
+        raise StorageError(
+            f"{path} is not a readable checkpoint of vardrop ({type(error).__name__}); it may be truncated or "
+            "foreign: move it away to start the run anew"
+        ) from error
+    if kind != CHECKPOINT_FORMAT or stored["identity"] != identity:
+        raise StorageError(f"{path} belongs to another run; choose another folder, or the options of that run")
+    net.load_state_dict(stored["model"])
+    optimizer.load_state_dict(stored["optimizer"])
+    elbo.load_state_dict(stored["elbo"])
+    torch.set_rng_state(stored["random"])
+    if stored["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(stored["random_cuda"])
+    return [Epoch(**epoch) for epoch in stored["history"]]

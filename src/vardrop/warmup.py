@@ -1,0 +1,53 @@
+"""Schedules for the weight of the KL: functions of the epoch (from 0) with values in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vardrop.errors import InvalidValueError
+
+Schedule = Callable[[int], float]
+
+
+def constant() -> Schedule:
+    """The full KL from the first epoch.
+
+    >>> vd.warmup.constant()(0)
+    1.0
+    """
+    return lambda epoch: 1.0
+
+
+def linear(epochs: int, *, start: int = 0) -> Schedule:
+    """Zero up to epoch `start`, then a straight line that reaches one at epoch `epochs`.
+
+    ``linear(20)`` is the schedule of arXiv:1811.00596, ``linear(20, start=5)`` that of arXiv:1701.05369 on MNIST.
+
+    >>> [vd.warmup.linear(epochs=4)(epoch) for epoch in range(6)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return _ramp(epochs, start, power=1)
+
+
+def cubic(epochs: int, *, start: int = 0) -> Schedule:
+    """Like :func:`linear`, but the cube of the line: slow at first.
+
+    >>> vd.warmup.cubic(epochs=2)(1)
+    0.125
+    """
+    return _ramp(epochs, start, power=3)
+
+
+def step(epoch: int) -> Schedule:
+    """No KL before `epoch`, all of it from there on.
+
+    >>> [vd.warmup.step(2)(epoch) for epoch in range(4)]
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    return lambda now: float(now >= epoch)
+
+
+def _ramp(epochs: int, start: int, *, power: int) -> Schedule:
+    if not 0 <= start < epochs:
+        raise InvalidValueError(f"epochs={epochs}, start={start}: must satisfy 0 <= start < epochs")
+    return lambda epoch: float(min(1.0, max(0.0, (epoch - start) / (epochs - start))) ** power)

@@ -1,0 +1,136 @@
+"""Conversion: what is chosen, what is refused, and what stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import vardrop as vd
+from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def names(model):
+    return [site.name for site in vd.sites(model)]
+
+
+def test_include_and_exclude_patterns():
+    assert names(vd.convert(net(), vd.ARD(), include=["0", "2"])) == ["0", "2"]
+    assert names(vd.convert(net(), vd.ARD(), exclude="4")) == ["0", "2"]
+
+
+def test_dict_gives_parts_different_methods_and_the_first_match_wins():
+    model = vd.convert(net(), {"0": vd.ARD(), "[02]": vd.SparseVD()})
+    assert [(site.name, type(site.method)) for site in vd.sites(model)] == [("0", vd.ARD), ("2", vd.SparseVD)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "ard"}, InvalidValueError, "must be a method"),
+        ({"method": vd.ARD(), "include": "7"}, InvalidValueError, "include='7' matches no layer"),
+        ({"method": vd.ARD(), "exclude": "x*"}, InvalidValueError, "exclude='x\\*' matches no layer"),
+        ({"method": {"0": vd.ARD(), "9": vd.ARD()}}, InvalidValueError, "'9' matches no layer"),
+        ({"method": vd.ARD(), "exclude": "*"}, ConversionError, "nothing to convert"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_the_model_plain(arguments, error, message):
+    model = net()
+    with pytest.raises(error, match=message):
+        vd.convert(model, **arguments)
+    assert names(model) == []
+
+
+def test_twice_is_refused():
+    model = vd.convert(net(), vd.ARD())
+    with pytest.raises(ConversionError, match="converted already"):
+        vd.convert(model, vd.SparseVD())
+
+
+def test_unsupported_layers_named_in_include_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    with pytest.raises(UnsupportedLayerError, match="'1' is a LayerNorm"):
+        vd.convert(model, vd.ARD(), include=["0", "1"])
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_ones_own_is_refused_by_name_but_can_be_excluded():
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3))
+    with pytest.raises(UnsupportedLayerError, match="'1' is a Scaled, a subclass of Linear.*exclude='1'"):
+        vd.convert(model, vd.ARD())
+    assert names(vd.convert(model, vd.ARD(), exclude="1")) == ["0"]
+
+
+def test_a_lazy_layer_needs_a_batch_first():
+    with pytest.raises(ConversionError, match="run one batch"):
+        vd.convert(nn.Sequential(nn.LazyLinear(3)), vd.ARD())
+
+
+def test_tied_weights_share_one_noise_and_pay_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    single = vd.kl(vd.convert(nn.Sequential(model[0]), vd.ARD(init_spread=0.0)))
+    vd.strip(model[0])
+    model[1].weight = model[0].weight
+    vd.convert(model, vd.ARD(init_spread=0.0))
+    assert model[0].noise is model[1].noise
+    torch.testing.assert_close(vd.kl(model), single)
+
+
+def test_hooks_and_an_optimizer_made_earlier_stay_valid():
+    model = net()
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    vd.convert(model, vd.ARD())
+    before = model[0].weight.clone()
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    assert calls == [1]
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_the_encoder_layers_fast_path_cannot_skip_the_mask():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        plain = layer(x)
+        vd.convert(layer, vd.SparseVD())
+        torch.testing.assert_close(layer(x), plain)
+        for site in vd.sites(layer):
+            site.noise.mask = torch.zeros_like(site.weight, dtype=torch.bool)
+        masked = layer(x)
+        assert not torch.allclose(masked, plain)
+        with vd.noise(layer, on=True):
+            assert not torch.equal(layer(x), layer(x))
+        torch.testing.assert_close(vd.strip(layer)(x), masked)
+
+
+def test_gamma_ard_is_projected_under_any_optimizer_and_seen_projected():
+    model = vd.convert(net(), vd.GammaARD(max_log_std=-4.0, init_log_std=-4.001, init_spread=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    x = torch.randn(8, 6)
+    for _ in range(3):
+        (model(x).sum() * 0 + model(x).square().mean() * 0 + vd.kl(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(site.noise.log_std.max().item() for site in vd.sites(model)) == -4.0
+
+
+def test_compile_fullgraph_export_and_vmap_over_a_converted_net():
+    x = torch.randn(3, 6)
+    for method in (vd.SparseVD(), vd.GammaARD(), vd.VariationalDropout(), vd.BernoulliDropout()):
+        model = vd.convert(net(), method)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss = compiled(x).sum()
+        loss.backward()
+        assert model[0].weight.grad is not None
+        model.eval()
+        torch.testing.assert_close(compiled(x), model(x))
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))

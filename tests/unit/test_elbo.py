@@ -1,0 +1,165 @@
+"""The objective, its schedules, prediction and pruning."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import vardrop as vd
+from vardrop.errors import ConversionError, EmptyLayerWarning, InvalidValueError
+
+
+def net():
+    return vd.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), vd.ARD())
+
+
+def test_kl_is_divided_by_the_number_of_data_once_and_shown_apart():
+    model, nll = net(), torch.tensor(2.5, requires_grad=True)
+    elbo = vd.ELBO(num_data=50, kl_factor=0.05)
+    loss = elbo(model, nll)
+    torch.testing.assert_close(loss.detach(), 2.5 + 0.05 * vd.kl(model).detach() / 50)
+    assert elbo.nll.item() == 2.5
+    torch.testing.assert_close(elbo.kl, vd.kl(model).detach())
+    assert not elbo.kl.requires_grad
+
+
+def test_kl_counts_every_weight_that_shares_an_alpha():
+    shared = vd.convert(nn.Linear(7, 5), vd.VBD(alpha="layer", init_log_alpha=0.0))
+    assert vd.kl(shared).item() == pytest.approx(35 * 0.5 * math.log(2.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_data", [0, -3, float("nan")])
+def test_num_data_must_be_positive(num_data):
+    with pytest.raises(InvalidValueError, match=f"num_data={num_data}.*above 0"):
+        vd.ELBO(num_data=num_data)
+
+
+def test_bad_factor_schedule_and_nll_are_refused():
+    with pytest.raises(InvalidValueError, match=r"kl_factor=-1.*at least 0"):
+        vd.ELBO(num_data=1, kl_factor=-1.0)
+    with pytest.raises(InvalidValueError, match="epochs=5, start=5"):
+        vd.warmup.linear(5, start=5)
+    with pytest.raises(InvalidValueError, match="must be a scalar"):
+        vd.ELBO(num_data=1)(net(), torch.ones(3))
+
+
+def test_the_first_epoch_is_number_zero_and_the_state_comes_back():
+    elbo = vd.ELBO(num_data=1, warmup=vd.warmup.linear(epochs=20, start=5))
+    betas = []
+    for _ in range(22):
+        elbo.step_epoch()
+        betas.append(elbo.beta)
+    assert betas[:6] == [0.0] * 6
+    assert betas[6] == pytest.approx(1 / 15)
+    assert betas[19] == pytest.approx(14 / 15)
+    assert betas[20:] == [1.0, 1.0]
+    again = vd.ELBO(num_data=1, warmup=elbo.warmup)
+    again.load_state_dict(elbo.state_dict())
+    assert again.epoch == elbo.epoch
+
+
+def test_predict_averages_probabilities_with_batch_norm_in_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    vd.convert(model, vd.ARD(init_log_std=-1.0)).train()
+    statistics = model[1].running_mean.clone()
+    x = torch.randn(4, 6)
+    probabilities = vd.predict(model, x, samples=50, generator=torch.Generator().manual_seed(1))
+    again = vd.predict(model, x, samples=50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(probabilities, again)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(4))
+    assert torch.equal(model[1].running_mean, statistics)
+    assert model.training and model[1].training
+    assert all(site.noise.on is None and site.noise.generator is None for site in vd.sites(model))
+    with pytest.raises(InvalidValueError, match="samples=0"):
+        vd.predict(model, x, samples=0)
+
+
+def test_the_three_switches_are_independent():
+    model = net()
+    x = torch.randn(4, 6)
+    vd.noise(model, on=False)
+    assert torch.equal(model.train()(x), model(x))
+    vd.noise(model, on=True)
+    assert not torch.equal(model.eval()(x), model(x))
+    vd.noise(model, on=None)
+    assert torch.equal(model.eval()(x), model(x))
+    vd.prune(model, threshold=0.2)
+    dead = ~model[0].noise.mask
+    assert dead.any()
+    before = model(x)
+    vd.noise(model, on=True)
+    with torch.no_grad():
+        model[0].weight[dead] += 100.0
+        model[0].noise.log_std[dead] += 5.0
+    assert (model(x) - before).abs().max() < 5.0
+
+
+def test_prune_counts_keeps_the_best_weight_of_a_dead_layer_and_says_so():
+    model = net()
+    best = model[2].weight.detach().abs().flatten().argmax()
+    with pytest.warns(EmptyLayerWarning, match=r"layer '\d': all \d+ weights are dead"):
+        counted = vd.prune(model, threshold=10.0)
+    assert counted.alive == 2 and counted.total == 45
+    assert counted.compression == 22.5
+    assert model[2].noise.mask.view(-1)[best]
+    vd.unprune(model)
+    assert all(site.noise.mask is None for site in vd.sites(model))
+
+
+def test_prune_refuses_what_it_cannot_judge():
+    model = net()
+    with pytest.raises(InvalidValueError, match="all 30 weights are dead"):
+        vd.prune(model, threshold=10.0, on_empty="refuse")
+    assert all(site.noise.mask is None for site in vd.sites(model))
+    with pytest.raises(ConversionError, match="no noisy layer"):
+        vd.prune(nn.Linear(2, 2))
+    with pytest.raises(InvalidValueError, match="on_empty='no'"):
+        vd.prune(model, on_empty="no")
+    with pytest.raises(InvalidValueError, match="has no pruning rule"):
+        vd.prune(vd.convert(nn.Linear(2, 2), vd.GaussianDropout()), threshold=1.0)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(InvalidValueError, match="layer '0'.*not finite"):
+        vd.prune(model)
+
+
+def test_rules_follow_their_definitions():
+    layer = nn.Linear(3, 1, bias=False)
+    std = math.exp(-5.0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.2 * std, 0.9 * std, 1.1 * std]]))
+    for method, expected in [
+        (vd.SparseVD(), [False, True, True]),
+        (vd.SparseVD(rule="snr"), [False, False, True]),
+        (vd.SparseVD(rule="magnitude", threshold=std), [False, False, True]),
+        (vd.SparseVD(threshold=0.1), [False, True, True]),
+        (vd.SparseVD(threshold=-0.1), [False, False, True]),
+    ]:
+        model = vd.convert(nn.Linear(3, 1, bias=False), method)
+        model.weight.data.copy_(layer.weight)
+        vd.prune(model)
+        assert model.noise.mask.tolist() == [expected], method
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: vd.GammaARD(a=0.5), r"GammaARD\(a=0.5\): must satisfy 0.5 < a"),
+        (lambda: vd.GammaARD(b=0.0), r"GammaARD\(b=0.0\)"),
+        (lambda: vd.StudentT(a=-1.0), r"StudentT\(a=-1.0\)"),
+        (lambda: vd.GaussianDropout(rate=1.0), r"GaussianDropout\(rate=1.0\)"),
+        (lambda: vd.BernoulliDropout(rate=-0.1), r"BernoulliDropout\(rate=-0.1\)"),
+        (lambda: vd.VariationalDropout(init_log_alpha=0.5), r"init_log_alpha=0.5"),
+        (lambda: vd.VariationalDropout(alpha="row"), r"alpha='row'.*one of 'layer', 'input'"),
+        (lambda: vd.SparseVD(rule="size"), r"rule='size'.*one of 'log_alpha'"),
+        (lambda: vd.SparseVD(form="cubic"), r"form='cubic'"),
+        (lambda: vd.SparseVD(sampling="both"), r"sampling='both'"),
+        (lambda: vd.SparseVD(threshold=float("nan")), r"threshold=nan"),
+        (lambda: vd.VBD(low=2.0, high=1.0), r"low=2.0, high=1.0"),
+        (lambda: vd.VBD(alpha="layer", high=1.0), "need alpha"),
+    ],
+)
+def test_hyper_parameters_are_checked_when_a_method_is_made(make, message):
+    with pytest.raises(InvalidValueError, match=message):
+        make()
