@@ -133,7 +133,7 @@ def test_rules_follow_their_definitions():
         (vd.SparseVD(), [False, True, True]),
         (vd.SparseVD(rule="snr"), [False, False, True]),
         (vd.SparseVD(rule="magnitude", threshold=std), [False, False, True]),
-        (vd.SparseVD(threshold=0.1), [False, True, True]),
+        (vd.SparseVD(threshold=0.3), [False, True, True]),
         (vd.SparseVD(threshold=-0.1), [False, False, True]),
     ]:
         model = vd.convert(nn.Linear(3, 1, bias=False), method)

@@ -10,7 +10,6 @@ from torch import Tensor
 from vardrop import functional as F
 from vardrop.methods.additive import AdditiveMethod
 from vardrop.methods.base import Paper, RuleName, _check_choice
-from vardrop.noise import AdditiveNoise, Layout, Noise
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class SparseVD(AdditiveMethod):
 
     Args:
         form: ``"exact"`` or ``"sigmoid"``.
-        train_clip: leave the means of dead weights out of the noisy pass, as the authors did on MNIST.
 
     Source: arXiv:1701.05369, equations 13 to 15.
 
@@ -39,7 +37,6 @@ class SparseVD(AdditiveMethod):
     )
     rule: RuleName | None = "log_alpha"
     form: Literal["exact", "sigmoid"] = "exact"
-    train_clip: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,9 +44,3 @@ class SparseVD(AdditiveMethod):
 
     def divergence(self, mean: Tensor, log_std: Tensor) -> Tensor:
         return F.log_uniform_kl(mean, log_std, form=self.form)
-
-    def noise(self, weight: Tensor, layout: Layout) -> Noise:
-        noise = super().noise(weight, layout)
-        if self.train_clip and isinstance(noise, AdditiveNoise):
-            noise.clip_log_alpha = 3.0 if self.threshold is None else self.threshold
-        return noise

@@ -39,8 +39,11 @@ class Pruned:
 
     @property
     def compression(self) -> float:
-        """``|W| / |W != 0|`` over the weights of the converted layers, biases not counted (arXiv:1811.00596)."""
-        return self.total / self.alive
+        """``|W| / |W != 0|`` over the weights of the converted layers, biases not counted (arXiv:1811.00596).
+
+        One for a model without converted layers.
+        """
+        return self.total / self.alive if self.alive else 1.0
 
     def __str__(self) -> str:
         rows = [f"{name}: {count.alive} of {count.total} weights" for name, count in self.layers.items()]

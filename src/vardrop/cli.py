@@ -1,0 +1,287 @@
+"""The command line: thin calls of public functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vardrop.compress import Job, Listeners
+from vardrop.errors import InvalidValueError, VardropError
+from vardrop.methods import Method, methods
+from vardrop.train import Epoch, Schedule
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Make PyTorch networks Bayesian, sparse and really smaller.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+NetArgument = Annotated[
+    str, typer.Argument(help="A network by name (see `vardrop methods`), or your own: file.py:function")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A folder that `vardrop compress` wrote")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder with data sets in their Hub layout, such as ROOT/ylecun/mnist; default: the Hub"),
+]
+
+
+@app.command()
+def compress(
+    net: NetArgument,
+    out: Annotated[Path, typer.Option(help="Folder for everything this run writes; a broken-off run goes on")],
+    data: Annotated[str, typer.Option(help="digits, a Hub data set such as ylecun/mnist, or file.py:function")] = "digits",
+    method: Annotated[str, typer.Option(help="A method by name (see `vardrop methods`)")] = "sparse-vd",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method, such as threshold=2.5; may be repeated")
+    ] = None,
+    data_root: DataRoot = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
+    decay_from: Annotated[
+        int | None, typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way")
+    ] = None,
+    warmup_start: Annotated[int | None, typer.Option(help="Last epoch without KL; default: a fortieth of the run")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
+    kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
+    pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
+    validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initialisation, the order and the noise")] = 0,
+) -> None:
+    """Train a network under a method, prune it, and make it really smaller.
+
+    Example: vardrop compress lenet-300-100 --data ylecun/mnist --method sparse-vd --out runs/a
+    """
+    from vardrop.compress import compress as run
+
+    schedule = Schedule(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        decay_from=epochs // 2 if decay_from is None else decay_from,
+        warmup_start=epochs // 40 if warmup_start is None else warmup_start,
+        warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
+        kl_factor=kl_factor,
+        seed=seed,
+    )
+    job = Job(
+        net=net,
+        data=data,
+        method=make_method(method, set_ or []),
+        schedule=schedule,
+        validation=validation,
+        pretrain=pretrain,
+        data_root=data_root,
+    )
+    with _progress() as progress:
+        result = run(job, out, listeners=_listeners(progress))
+    console.print(result_table(result))
+    console.print(f"everything is in {out}; next: vardrop report {out}")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data_root: DataRoot = None,
+    samples: Annotated[int, typer.Option(help="Draws of the noise in the ensemble")] = 20,
+) -> None:
+    """Evaluate a run again on its test data: small net, pruned net, and ensemble over the noise."""
+    from vardrop.evaluate import evaluate as again
+
+    console.print(evaluation_table(again(run, data_root=data_root, samples=samples)))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The ONNX file to write")],
+) -> None:
+    """Export the small net of a run to ONNX, and check it in onnxruntime."""
+    from vardrop.evaluate import export as write
+
+    write(run, out)
+    console.print(f"{out}: {out.stat().st_size:,} bytes")
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: RUN/report.html")] = None,
+) -> None:
+    """Write a self-contained page about a run: curves, live weights, log alpha, pictures of the first layer."""
+    from vardrop.report import report as write
+
+    console.print(f"the report is in {write(run, out)}")
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods with their fields, and the networks and data sets that have names."""
+    from vardrop.zoo import DATASETS, NETS
+
+    table = Table("method", "what it is", "fields and defaults", title="Methods")
+    for name, cls in methods().items():
+        defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
+        table.add_row(name, cls.one_line(), defaults)
+    console.print(table)
+    console.print("[bold]Networks:[/bold] " + ", ".join(NETS) + ", or your own: file.py:function")
+    console.print("[bold]Data:[/bold] " + ", ".join(DATASETS) + ", another Hub id, or your own: file.py:function")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what the demo writes")] = Path("demo"),
+) -> None:
+    """The whole road in about a minute, on embedded data: train, convert, sparsify, compact, export, compare."""
+    from vardrop.demo import demo as run
+
+    with _progress() as progress:
+        shown = run(out, listeners=_listeners(progress))
+    console.print(demo_table(shown.rows))
+    console.print(
+        f"The small net gives the outputs of the pruned one (largest difference {shown.largest_difference:.1e}).\n"
+        f"picture: {shown.picture}\nreport:  {shown.page}",
+        soft_wrap=True,
+    )
+
+
+def make_method(name: str, settings: Sequence[str]) -> Method:
+    """The method called `name` with fields given as ``field=value`` texts.
+
+    >>> from vardrop.cli import make_method
+    >>> make_method("gamma-ard", ["a=0.505", "rule=snr"]).a
+    0.505
+    """
+    known = methods()
+    if name not in known:
+        raise InvalidValueError(f"method {name!r} is unknown; known are: {', '.join(known)}")
+    cls = known[name]
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign or key not in names:
+            raise InvalidValueError(f"--set {setting!r}: must be field=value with a field of {name}: {', '.join(names)}")
+        values[key] = _parse(key, text, hints[key])
+    return cls(**values)
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """`text` as a value of the type `hint`: a number, a truth value, a word, or none."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text.lower() == "none" and type(None) in options:
+        return None
+    if bool in options:
+        if text.lower() not in ("true", "false"):
+            raise InvalidValueError(f"--set {key}={text}: must be true or false")
+        return text.lower() == "true"
+    if float in options:
+        try:
+            return float(text)
+        except ValueError:
+            raise InvalidValueError(f"--set {key}={text}: must be a number") from None
+    return text
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _listeners(progress: Progress) -> Listeners:
+    """Shows stages and epochs: error, NLL, KL and compression."""
+    tasks: list[TaskID] = []
+
+    def on_stage(name: str, epochs: int) -> None:
+        tasks.append(progress.add_task(name, total=epochs, figures=""))
+
+    def on_epoch(epoch: Epoch) -> None:
+        error, kind = (epoch.train_error, "train") if epoch.valid_error is None else (epoch.valid_error, "valid")
+        figures = (
+            f"{kind} error {100 * error:.2f} %, NLL {epoch.train_nll:.4f}, KL {epoch.kl:,.0f} nats, "
+            f"{epoch.compression:.1f}x"
+        )
+        progress.update(tasks[-1], completed=epoch.epoch + 1, figures=figures)
+
+    return Listeners(on_epoch=on_epoch, on_stage=on_stage)
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """The figures of a run, stage by stage."""
+    table = Table("net", "test error %", "NLL", "non-zero weights", "parameters", "bytes on disk", "compression")
+    for name in ("original", "trained", "pruned", "compacted"):
+        row = result[name]
+        if row is None:
+            continue
+        cells = (_count(row.get(key)) for key in ("nonzero", "parameters", "bytes"))
+        compression = f"{row['compression']:.1f}x" if "compression" in row else ""
+        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}", *cells, compression)
+    return table
+
+
+def evaluation_table(rows: dict[str, dict[str, float]]) -> Table:
+    """Error and negative log-likelihood of each way to predict."""
+    table = Table("prediction", "test error %", "NLL, nats")
+    for name, row in rows.items():
+        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}")
+    return table
+
+
+def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
+    """The original beside the small net."""
+    table = Table("", *rows, "ratio")
+    table.add_row("test error %", *(f"{100 * row['error']:.2f}" for row in rows.values()), "")
+    kinds = {
+        "nonzero": "non-zero parameters",
+        "parameters": "parameters",
+        "bytes": "bytes on disk",
+        "onnx_bytes": "bytes as ONNX",
+        "seconds": "latency in torch, microseconds",
+        "onnx_seconds": "latency in onnxruntime, microseconds",
+    }
+    for key, label in kinds.items():
+        values = [row[key] * (1e6 if "seconds" in key else 1) for row in rows.values()]
+        table.add_row(label, *(f"{value:,.0f}" for value in values), f"{values[0] / values[-1]:.1f}x")
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def main() -> None:
+    """The entry point: an error raised on purpose is one line on stderr, not a trace."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        errors.print("stopped; what was finished is kept, and the same command goes on from there")
+        sys.exit(130)
+    except VardropError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,281 @@
+"""The whole road as one job: build, convert, train, prune, compact, store. The command line calls it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vardrop.errors import StorageError
+from vardrop.files import replace_file
+from vardrop.io import save, size_on_disk
+from vardrop.measure import count_nonzero, count_parameters
+from vardrop.methods import Method
+from vardrop.sites import sites
+from vardrop.surgery.compact import compact
+from vardrop.surgery.convert import convert
+from vardrop.surgery.prune import Pruned, prune
+from vardrop.train import Epoch, Schedule, train
+from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
+
+RUN = "run.json"
+CONFIG = "config.json"
+ORIGINAL = "original"
+SMALL = "small"
+NOISY = "noisy"
+RUN_FORMAT = 1
+PACKAGES = ("vardrop", "torch", "numpy", "accelerate", "safetensors", "datasets")
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compress and how.
+
+    Args:
+        net: name of a network, or ``file.py:function``.
+        data: name of a data set, or ``file.py:function``.
+        method: the method, with its hyper-parameters.
+        schedule: how to train.
+        validation: training examples set apart to choose by; they are not trained on.
+        pretrain: epochs of plain training before the conversion.
+        data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
+    """
+
+    net: str
+    data: str
+    method: Method
+    schedule: Schedule
+    validation: int = 0
+    pretrain: int = 0
+    data_root: Path | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that the figures depend on, ready for JSON."""
+        return {
+            "net": self.net,
+            "data": self.data,
+            "method": {"name": self.method.command_name(), **asdict(self.method)},
+            "schedule": asdict(self.schedule),
+            "validation": self.validation,
+            "pretrain": self.pretrain,
+        }
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Where a job reports its progress."""
+
+    on_step: Callable[[], None] = lambda: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_stage: Callable[[str, int], None] = lambda name, epochs: None
+
+
+def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> dict[str, Any]:
+    """Does the whole `job` in `folder` and returns what it also writes to ``run.json``.
+
+    A `folder` in which the same job was broken off is taken up where it stood.
+
+    Raises:
+        StorageError: `folder` holds something else.
+        DataError: the data does not fit the net, or cannot be trained on.
+    """
+    listeners = listeners or Listeners()
+    _claim(folder, job)
+    data = load_data(job.data, data_root=job.data_root)
+    torch.manual_seed(job.schedule.seed)
+    net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
+    check_fits(job.net, net, data)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fit, valid = data.train, None
+    if job.validation:
+        fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
+    if job.pretrain:
+        listeners.on_stage("plain", job.pretrain)
+        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
+        _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
+    original = _describe(net, data, folder / ORIGINAL) if job.pretrain else None
+    convert(net, job.method)
+    listeners.on_stage(job.method.command_name(), job.schedule.epochs)
+    history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
+    return _finish(job, folder, net, data, history, original)
+
+
+def _finish(
+    job: Job, folder: Path, net: nn.Module, data: Data, history: list[Epoch], original: dict[str, Any] | None
+) -> dict[str, Any]:
+    trained = _figures(net, data.test)
+    counted = prune(net)
+    pruned = {**_figures(net, data.test), **_counts(counted)}
+    small = compact(net, data.test.x[:2])
+    save(net, folder / NOISY, overwrite=True)
+    compacted = {
+        **_describe(small, data, folder / SMALL, sparse=True),
+        "largest_difference": _largest_difference(net, small, data.test.x),
+        "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
+    }
+    result = {
+        "format": RUN_FORMAT,
+        "config": job.config,
+        "seed": job.schedule.seed,
+        "versions": _versions(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "layers": {site.name: site.weight.numel() for site in sites(net)},
+        "original": original,
+        "trained": trained,
+        "pruned": pruned,
+        "compacted": compacted,
+        "seconds": sum(epoch.seconds for epoch in history),
+        "history": [asdict(epoch) for epoch in history],
+    }
+    _keep_pictures(net, folder, data)
+    replace_file(folder / RUN, lambda path: path.write_text(json.dumps(result, indent=1)))
+    return result
+
+
+def _claim(folder: Path, job: Job) -> None:
+    """Makes `folder` this job's own, or finds that it already is."""
+    path = folder / CONFIG
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise StorageError(f"{path} is not readable JSON: choose another folder") from error
+        if stored != json.loads(json.dumps(job.config)):
+            differing = [key for key in job.config if stored.get(key) != json.loads(json.dumps(job.config[key]))]
+            raise StorageError(
+                f"{folder} holds another run (it differs in {', '.join(differing)}): choose another folder"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise StorageError(f"{folder} is not empty and holds no run: choose an empty or a new folder")
+    else:
+        replace_file(path, lambda aside: aside.write_text(json.dumps(job.config, indent=1)))
+
+
+def _train(
+    net: nn.Module,
+    fit: Split,
+    valid: Split | None,
+    test: Split,
+    schedule: Schedule,
+    folder: Path,
+    job: Job,
+    listeners: Listeners,
+) -> list[Epoch]:
+    def evaluate(model: nn.Module) -> tuple[float | None, float | None]:
+        return (None if valid is None else error_and_nll(model, valid)[0]), error_and_nll(model, test)[0]
+
+    return train(
+        net,
+        Batches(fit, schedule.batch_size, seed=schedule.seed),
+        schedule,
+        folder,
+        num_data=len(fit.y),
+        evaluate=evaluate,
+        identity=json.dumps(job.config, sort_keys=True),
+        on_step=listeners.on_step,
+        on_epoch=listeners.on_epoch,
+    )
+
+
+@torch.no_grad()
+def error_and_nll(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Error (a fraction) and mean negative log-likelihood (nats) of `model` in eval mode; its mode is given back."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    wrong, nll = 0.0, 0.0
+    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+        logits = model(x.to(device)).float()
+        wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
+        nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
+    model.train(training)
+    return wrong / len(split.y), nll / len(split.y)
+
+
+def _figures(model: nn.Module, split: Split) -> dict[str, Any]:
+    error, nll = error_and_nll(model, split)
+    return {"error": error, "nll": nll}
+
+
+def _counts(counted: Pruned) -> dict[str, Any]:
+    return {
+        "compression": counted.compression,
+        "nonzero": counted.alive,
+        "total": counted.total,
+        "alive": {name: count.alive for name, count in counted.layers.items()},
+    }
+
+
+@torch.no_grad()
+def _largest_difference(net: nn.Module, small: nn.Module, x: Tensor) -> float:
+    pairs = ((net(part), small(part)) for part in x.split(EVALUATION_BATCH))
+    return max(float((left - right).abs().max()) for left, right in pairs)
+
+
+def _describe(model: nn.Module, data: Data, folder: Path, *, sparse: bool = False) -> dict[str, Any]:
+    """Stores a plain `model` in `folder` and gives its figures."""
+    save(model, folder, sparse=sparse, overwrite=True)
+    return {
+        **_figures(model, data.test),
+        "parameters": count_parameters(model),
+        "nonzero": count_nonzero(model),
+        "bytes": size_on_disk(folder),
+    }
+
+
+def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
+    """What a report draws: the histograms of log alpha and the first layer's surviving weights."""
+    found = list(sites(net))
+    histograms = {}
+    for site in found:
+        log_alpha = site.noise.log_alpha(site.weight)
+        if log_alpha is not None:
+            counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
+            histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
+    replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
+    first = found[0].noise.masked(found[0].weight).detach().cpu().contiguous()
+    shape = {"input_shape": json.dumps(list(data.input_shape))}
+    replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with a plus sign where it was changed since."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "system": platform.system(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,1 @@
+from vardrop.functional.gaussian import *

@@ -1,0 +1,36 @@
+"""Minibatches cut from tensors in memory, in an order that follows from the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vardrop.zoo.data import Split
+
+
+class Batches:
+    """Shuffled minibatches of a split; the order of an epoch depends on nothing but `seed` and its number.
+
+    So a run that was broken off goes on with the very batches that it would have seen.
+    """
+
+    def __init__(self, split: Split, batch_size: int, *, seed: int) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.split.y) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        order = torch.randperm(len(self.split.y), generator=generator)
+        for indices in order.split(self.batch_size):
+            yield self.split.x[indices], self.split.y[indices]

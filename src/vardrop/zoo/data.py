@@ -1,0 +1,192 @@
+"""Data sets by name, whole and in memory, checked before anything is trained on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vardrop.errors import DataError, InvalidValueError, MissingExtraError
+from vardrop.files import replace_file
+from vardrop.zoo.own import call_own, is_own
+
+DATASETS = {"digits": "scikit-learn", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+"""Short names, and where the data behind them comes from: scikit-learn, or a Hub data set."""
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+DIGITS_SEED = 0
+
+
+class Split(NamedTuple):
+    """Examples and labels: float32 ``(N, *input_shape)`` and int64 ``(N,)``."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in memory. Images are ``(N, channels, height, width)``, scaled to [0, 1]."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train.x.shape[1:])
+
+
+def load_data(spec: str, *, data_root: Path | None = None) -> Data:
+    """The data set called `spec`, checked.
+
+    Args:
+        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another image data set on the
+            Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``.
+        data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
+            for the Hub itself.
+
+    Raises:
+        DataError: the folder is missing or of another layout, inputs are not finite, labels are out of range.
+
+    >>> from vardrop.zoo import load_data
+    >>> load_data("digits").train.x.shape
+    torch.Size([1437, 1, 8, 8])
+    """
+    if is_own(spec):
+        return _checked(spec, _own_splits(spec))
+    if spec == "digits":
+        return _checked(spec, _digits())
+    return _checked(spec, _from_hub(DATASETS.get(spec, spec), data_root))
+
+
+def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
+    """Sets `count` examples apart, drawn by `seed`: what is left, and what was set apart.
+
+    Raises:
+        InvalidValueError: nothing would be left to train on.
+    """
+    if not 0 < count < len(split.y):
+        raise InvalidValueError(f"validation={count}: must lie in 1 to {len(split.y) - 1}, below the training examples")
+    order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(seed))
+    apart, rest = order[:count], order[count:]
+    return Split(split.x[rest], split.y[rest]), Split(split.x[apart], split.y[apart])
+
+
+def _checked(name: str, splits: tuple[Split, Split]) -> Data:
+    for part, (x, y) in zip(("training", "test"), splits, strict=True):
+        where = f"{part} data of {name!r}"
+        if len(y) == 0:
+            raise DataError(f"{where}: there are no examples")
+        if len(x) != len(y):
+            raise DataError(f"{where}: {len(x)} inputs, but {len(y)} labels")
+        finite = torch.isfinite(x.flatten(1)).all(dim=1)
+        if not finite.all():
+            raise DataError(f"{where}: example {int((~finite).nonzero()[0])} holds NaN or infinite values")
+    classes = int(splits[0].y.max()) + 1
+    for part, (x, y) in zip(("training", "test"), splits, strict=True):
+        outside = (y < 0) | (y >= classes)
+        if outside.any():
+            index = int(outside.nonzero()[0])
+            raise DataError(
+                f"{part} data of {name!r}: label {int(y[index])} of example {index} is out of range; "
+                f"labels must lie in 0 to {classes - 1}, the largest in the training data"
+            )
+        if x.shape[1:] != splits[0].x.shape[1:]:
+            raise DataError(f"{part} data of {name!r}: inputs of shape {tuple(x.shape[1:])}, unlike the training data")
+    if classes < 2:
+        raise DataError(f"training data of {name!r}: all labels are 0, so there is nothing to tell apart")
+    return Data(name, *splits, classes)
+
+
+def _own_splits(spec: str) -> tuple[Split, Split]:
+    given = call_own(spec)
+    try:
+        (x_train, y_train), (x_test, y_test) = given
+    except (TypeError, ValueError):
+        raise DataError(f"{spec!r} must return ((x_train, y_train), (x_test, y_test)), not {type(given).__name__}") from None
+    return _own_split(x_train, y_train), _own_split(x_test, y_test)
+
+
+def _own_split(x: Any, y: Any) -> Split:
+    return Split(torch.as_tensor(x).float(), torch.as_tensor(y).long())
+
+
+def _digits() -> tuple[Split, Split]:
+    """8x8 grey images; a fifth of them, stratified, is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise MissingExtraError("the digits data set", "cli") from error
+    digits = load_digits()
+    images, labels = digits.images / 16.0, digits.target
+    parts = train_test_split(images, labels, test_size=0.2, random_state=DIGITS_SEED, stratify=labels)
+    x_train, x_test, y_train, y_test = (torch.as_tensor(part) for part in parts)
+    return Split(x_train.float()[:, None], y_train.long()), Split(x_test.float()[:, None], y_test.long())
+
+
+def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError(f"the data set {name!r}", "cli") from error
+    path = name if data_root is None else str(data_root / name)
+    if data_root is not None and not Path(path).is_dir():
+        raise DataError(f"data {name!r}: there is no folder {path}; it must hold the data set as it is on the Hub")
+    try:
+        found = load_dataset(path)
+    except Exception as error:
+        where = path if data_root is not None else f"{name} on the Hub"
+        raise DataError(
+            f"data {name!r} could not be read from {where}: {type(error).__name__}: {error}; "
+            "a local copy is named with --data-root"
+        ) from error
+    if not {"train", "test"} <= set(found):
+        raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have train and test")
+    return _decoded(name, found["train"]), _decoded(name, found["test"])
+
+
+def _decoded(name: str, table: Any) -> Split:
+    """All images of a table as one tensor; decoding takes a while, so the pixels are kept in a cache."""
+    image = next((column for column in IMAGE_COLUMNS if column in table.column_names), None)
+    label = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
+    if image is None or label is None:
+        raise DataError(
+            f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
+            f"({' or '.join(IMAGE_COLUMNS)}) and a label column ({' or '.join(LABEL_COLUMNS)})"
+        )
+    cached = _cache_folder() / f"{name.replace('/', '--')}-{table._fingerprint}.safetensors"
+    try:
+        pixels = load_file(cached)["pixels"]
+    except (OSError, SafetensorError, KeyError):
+        pixels = _pixels(name, table[image])
+        replace_file(cached, lambda path: save_file({"pixels": pixels}, path))
+    return Split(pixels.float() / 255.0, torch.tensor(table[label], dtype=torch.int64))
+
+
+def _pixels(name: str, images: Any) -> Tensor:
+    import numpy
+
+    arrays = [numpy.asarray(image) for image in images]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1:
+        raise DataError(f"data {name!r}: images of different sizes, such as {sorted(shapes)[:2]}; must all be alike")
+    stacked = torch.as_tensor(numpy.stack(arrays))
+    if stacked.dtype != torch.uint8:
+        raise DataError(f"data {name!r}: pixels of type {stacked.dtype}; must be 8-bit grey or colour images")
+    return stacked[:, None].contiguous() if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vardrop"

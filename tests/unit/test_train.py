@@ -1,0 +1,211 @@
+"""The loop: exact resume, also after kill -9, what stops it, and what it never destroys."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vardrop as vd
+from vardrop.errors import InvalidValueError, StorageError, TrainingError
+from vardrop.files import replace_file
+from vardrop.train import CHECKPOINT, HISTORY, Schedule, train
+from vardrop.zoo import Batches, Split
+
+SCHEDULE = Schedule(epochs=4, batch_size=16, lr=1e-2, decay_from=2, warmup_start=0, warmup_epochs=2, seed=5)
+
+
+def split() -> Split:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(80, 6, generator=generator)
+    return Split(x, (x[:, 0] > 0).long())
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(SCHEDULE.seed)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    return vd.convert(net, vd.ARD())
+
+
+def run(folder: Path, net: nn.Module, *, identity: str = "a", stop_after: int | None = None, evaluate=None):
+    data = split()
+
+    def on_epoch(epoch):
+        if stop_after is not None and epoch.epoch == stop_after:
+            raise KeyboardInterrupt
+
+    return train(
+        net,
+        Batches(data, SCHEDULE.batch_size, seed=SCHEDULE.seed),
+        SCHEDULE,
+        folder,
+        num_data=len(data.y),
+        evaluate=evaluate or (lambda model: (None, 0.5)),
+        identity=identity,
+        on_epoch=on_epoch,
+    )
+
+
+def without_time(history):
+    return [{key: value for key, value in vars(epoch).items() if key != "seconds"} for epoch in history]
+
+
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path):
+    whole = fresh()
+    unbroken = run(tmp_path / "whole", whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", fresh(), stop_after=1)
+    torch.randn(17)
+    parts = fresh()
+    resumed = run(tmp_path / "parts", parts)
+    assert without_time(resumed) == without_time(unbroken)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    lines = (tmp_path / "parts" / HISTORY).read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    net = fresh()
+    first = run(tmp_path, net)
+    again = fresh()
+    assert without_time(run(tmp_path, again)) == without_time(first)
+    assert torch.equal(again[0].weight, net[0].weight)
+
+
+def test_kill_minus_nine_in_the_middle_of_an_epoch_costs_only_that_epoch(tmp_path):
+    unbroken = fresh()
+    run(tmp_path / "whole", unbroken)
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_train as t
+        from pathlib import Path
+        seen = []
+        def evaluate(model):
+            seen.append(1)
+            if len(seen) == 3:
+                print("third", flush=True)
+                time.sleep(60)
+            return None, 0.5
+        t.run(Path({str(tmp_path / "parts")!r}), t.fresh(), evaluate=evaluate)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "third"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    parts = fresh()
+    run(tmp_path / "parts", parts)
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    assert not [path for path in (tmp_path / "parts").iterdir() if path.name.endswith(".part")]
+
+
+def test_a_non_finite_loss_names_layer_and_step_and_keeps_the_last_epoch(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fresh(), stop_after=0)
+    kept = (tmp_path / CHECKPOINT).read_bytes()
+
+    def poison(model):
+        with torch.no_grad():
+            model[2].noise.log_std[0, 0] = float("nan")
+        return None, 0.5
+
+    with pytest.raises(TrainingError, match=r"epoch 2, step 0: layer '2' has a log_std that is not finite"):
+        run(tmp_path, fresh(), evaluate=poison)
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["elbo"]["epoch"] == 1
+    assert kept != (tmp_path / CHECKPOINT).read_bytes()
+
+
+def test_an_infinite_activation_names_its_layer(tmp_path):
+    net = fresh()
+    with torch.no_grad():
+        net[0].weight.fill_(1e38)
+    with pytest.raises(TrainingError, match="layer '0' gives an output that is not finite"):
+        run(tmp_path, net)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_foreign_truncated_and_other_checkpoints_are_refused(tmp_path):
+    run(tmp_path, fresh())
+    with pytest.raises(StorageError, match="belongs to another run"):
+        run(tmp_path, fresh(), identity="b")
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="not a readable checkpoint"):
+        run(tmp_path, fresh())
+    torch.save({"some": "thing"}, path)
+    with pytest.raises(StorageError, match="not a readable checkpoint"):
+        run(tmp_path, fresh())
+
+
+def test_a_pickle_in_the_place_of_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"format": 1, "identity": "a", "model": Evil()}, tmp_path / CHECKPOINT)
+    with pytest.raises(StorageError, match="not a readable checkpoint"):
+        run(tmp_path, fresh())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left on device"):
+        replace_file(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_torch_save_to_a_full_disk_is_a_storage_error(tmp_path):
+    def write(aside: Path) -> None:
+        aside.symlink_to("/dev/full")
+        torch.save({"x": torch.ones(100_000)}, aside)
+
+    with pytest.raises(StorageError, match="could not be written"):
+        replace_file(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"epochs": 5, "decay_from": 6}, "decay_from=6: must lie in 0 to 5"),
+    ],
+)
+def test_a_schedule_is_checked(arguments, message):
+    with pytest.raises(InvalidValueError, match=message):
+        Schedule(**arguments)
+
+
+def test_the_learning_rate_is_flat_then_falls_on_a_line():
+    schedule = Schedule(epochs=10, lr=1.0, decay_from=5)
+    assert [schedule.lr_at(epoch) for epoch in (0, 4, 5, 6, 9)] == [1.0, 1.0, 1.0, 0.8, 0.2]
+    assert Schedule(epochs=10, lr=1.0, decay_from=0).lr_at(1) == 0.9
+
+
+def test_tensorboard_logs_are_written(tmp_path):
+    run(tmp_path, fresh())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not list(tmp_path.rglob("events.out.tfevents*")):
+        time.sleep(0.1)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
