@@ -1,0 +1,60 @@
+"""The way out: from a converted, pruned model to a plain and smaller one."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, Literal, overload
+
+from torch import nn
+
+from vardrop.surgery.convert import strip
+from vardrop.surgery.cut import cut, plan
+from vardrop.surgery.plan import Plan
+
+
+@overload
+def compact(
+    model: nn.Module, example_inputs: Any, *, dry_run: Literal[False] = False, on_unknown: str = "refuse"
+) -> nn.Module: ...
+
+
+@overload
+def compact(model: nn.Module, example_inputs: Any, *, dry_run: Literal[True], on_unknown: str = "refuse") -> Plan: ...
+
+
+def compact(
+    model: nn.Module, example_inputs: Any, *, dry_run: bool = False, on_unknown: str = "refuse"
+) -> nn.Module | Plan:
+    """A smaller copy of `model` in plain torch.nn, with the outputs of the pruned model in eval mode.
+
+    A unit goes if no living weight reads it, or if it is a constant that moves exactly into the bias of its readers.
+    Modules keep their classes and names. The result is compared with the model before it is handed out.
+
+    Args:
+        model: a converted model, or a plain one whose weights hold zeros; it is left as it is.
+        example_inputs: one tensor, or a tuple with the arguments of the model's forward.
+        dry_run: return the plan alone; ``print`` shows what goes, what is folded, and what stays and why.
+        on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
+
+    Raises:
+        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code that the cut
+            changes, or does not give the same outputs after the cut.
+        InvalidValueError: `on_unknown` is something else.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> net = vd.convert(net, vd.ARD())
+    >>> for site in vd.sites(net):
+    ...     site.noise.mask = torch.ones_like(site.weight, dtype=torch.bool)
+    >>> next(vd.sites(net)).noise.mask[:5] = False
+    >>> vd.compact(net, torch.randn(1, 4))
+    Sequential(
+      (0): Linear(in_features=4, out_features=3, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=3, out_features=2, bias=True)
+    )
+    """
+    small = strip(deepcopy(model))
+    if dry_run:
+        return plan(small, example_inputs, on_unknown=on_unknown)
+    cut(small, example_inputs, on_unknown=on_unknown)
+    return small

@@ -1,0 +1,261 @@
+"""The cut itself: smaller parameters in the same modules, proved on a copy before the model is touched."""
+
+from __future__ import annotations
+
+import traceback
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vardrop.errors import GraphError
+from vardrop.surgery.graph import Graph, as_arguments, read
+from vardrop.surgery.layer_rules import canonical, contribution
+from vardrop.surgery.plan import Alive, Plan, describe, folded, solve
+from vardrop.surgery.reading import Follower, Layer
+
+
+def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
+    """What :func:`cut` would do; `model` is left as it is.
+
+    The cut is made on a copy and compared with the model on the example, on a random input of the same shape, and on
+    both as one batch where the model takes it.
+
+    Args:
+        model: a network of torch.nn layers whose weights hold zeros.
+        example_inputs: one tensor, or a tuple with the arguments of the model's forward.
+        on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
+
+    Raises:
+        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code that the cut
+            changes, or does not give the same outputs after the cut.
+        InvalidValueError: `on_unknown` is something else.
+
+    >>> from vardrop.surgery.cut import plan
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).requires_grad_(False)
+    >>> net[0].weight[:5] = 0
+    >>> print(plan(net, torch.randn(1, 4)))
+    layer  inputs  units   folded  stays though constant
+    0      4       8 -> 3
+    2      8 -> 3  2       5
+    parameters: 58 -> 23
+    """
+    return _prove(model, as_arguments(example_inputs), on_unknown)[0]
+
+
+def cut(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
+    """Takes out of `model`, in place, all units that no output depends on, and returns what was done.
+
+    In eval mode the outputs stay the same to float accuracy, for every input whose shape differs from the example's in
+    the batch size alone. Modules keep their classes and names; their parameters are new and smaller. Arguments and errors
+    are those of :func:`plan`; after an error the model is unharmed.
+
+    >>> from vardrop.surgery.cut import cut
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).requires_grad_(False)
+    >>> net[0].weight[:5] = 0
+    >>> done = cut(net, torch.randn(1, 4))
+    >>> net
+    Sequential(
+      (0): Linear(in_features=4, out_features=3, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=3, out_features=2, bias=True)
+    )
+    """
+    done, graph, alive = _prove(model, as_arguments(example_inputs), on_unknown)
+    _apply(model, graph, alive)
+    return done
+
+
+def _prove(model: nn.Module, inputs: tuple[Any, ...], on_unknown: str) -> tuple[Plan, Graph, Alive]:
+    graph = read(model, inputs, on_unknown=on_unknown)
+    alive = solve(graph)
+    try:
+        small = _compare(model, inputs, graph, alive)
+    except GraphError:
+        if on_unknown == "refuse" or not graph.fixed_sizes:
+            raise
+        graph = read(model, inputs, on_unknown=on_unknown, keep_fixed_sizes=True)
+        alive = solve(graph)
+        small = _compare(model, inputs, graph, alive)
+    return Plan(describe(graph, alive), graph.notes, _count(model), _count(small)), graph, alive
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _apply(model: nn.Module, graph: Graph, alive: Alive) -> None:
+    with torch.no_grad():
+        for layer in graph.layers:
+            _cut_layer(model, layer, alive)
+        for follower in graph.followers:
+            _cut_follower(model, follower, alive)
+
+
+def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
+    inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
+    if inputs.all() and outputs.all():
+        return
+    weight = _get(model, layer.weight)
+    weights = canonical(weight.cpu(), layer.groups, layer.transposed)
+    added = contribution(weights, torch.where(folded(layer, alive), layer.const, 0.0))
+    bias = _get(model, layer.bias) if layer.bias else None
+    if bias is not None or added.any():
+        full = added if bias is None else bias.cpu().double() + added
+        name = layer.bias or layer.weight.removesuffix("weight") + "bias"
+        _put(model, name, full[outputs], weight if bias is None else bias)
+    small = _living(weights, inputs.view(len(weights), -1), outputs.view(len(weights), -1))
+    rows = (small.transpose(1, 2) if layer.transposed else small).flatten(0, 1)
+    _put(model, layer.weight, rows.reshape(*rows.shape[:2], *weight.shape[2:]), weight)
+    owner, counts = _owner(model, layer.weight), (int(inputs.sum()), int(outputs.sum()))
+    if isinstance(owner, nn.Linear):
+        owner.in_features, owner.out_features = counts
+    elif isinstance(owner, _ConvNd):
+        owner.in_channels, owner.out_channels, owner.groups = *counts, len(small)
+
+
+def _living(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The part of a weight ``(groups, outputs, inputs, taps)`` that lives; the same number in each living group."""
+    groups = outputs.any(1).nonzero()
+    columns = inputs[groups[:, 0]].nonzero()[:, 1].view(len(groups), 1, -1)
+    rows = outputs[groups[:, 0]].nonzero()[:, 1].view(len(groups), -1, 1)
+    return weights[groups.view(-1, 1, 1), rows, columns]
+
+
+def _cut_follower(model: nn.Module, follower: Follower, alive: Alive) -> None:
+    living = alive.units[follower.ids]
+    if living.all():
+        return
+    for name, dim in follower.tensors.items():
+        tensor = _get(model, name)
+        _put(model, name, tensor.index_select(dim, living.nonzero()[:, 0].to(tensor.device)), tensor)
+    if follower.counts is not None:
+        setattr(model.get_submodule(follower.name), follower.counts, int(living.sum()))
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, getattr(_owner(model, name), name.rpartition(".")[2]))
+
+
+def _put(model: nn.Module, name: str, values: Tensor, like: Tensor) -> None:
+    """Sets a parameter or buffer to `values`, of the kind and type of the tensor `like`."""
+    owner, attribute = _owner(model, name), name.rpartition(".")[2]
+    tensor = values.to(like).contiguous()
+    if isinstance(like, nn.Parameter):
+        setattr(owner, attribute, nn.Parameter(tensor, requires_grad=like.requires_grad))
+    else:
+        setattr(owner, attribute, tensor)
+
+
+def _compare(model: nn.Module, inputs: tuple[Any, ...], graph: Graph, alive: Alive) -> nn.Module:
+    """A copy of `model` after the cut, of which it is sure that it computes the same."""
+    large, samples = _widened(model, inputs)
+    small = deepcopy(large)
+    _apply(small, graph, alive)
+    for sample in samples:
+        try:
+            expected = _run(large, sample)
+        except Exception:
+            if sample is samples[0]:
+                raise
+            continue
+        try:
+            found = _run(small, sample)
+        except Exception as error:
+            raise GraphError(_explain_failure(error, graph, alive)) from error
+        if not _equal(expected, found):
+            raise GraphError(_explain_difference(large, sample, expected, graph, alive))
+    return small
+
+
+def _widened(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+    """A float64 copy of `model` where it runs in float64, and the inputs to compare it on."""
+    wide = tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, inputs)
+    try:
+        large = deepcopy(model).eval().double()
+        _run(deepcopy(large), wide)
+    except Exception:
+        large, wide = deepcopy(model).eval(), inputs
+    generator = torch.Generator().manual_seed(0)
+
+    def random(leaf: Any) -> Any:
+        return torch.randn(leaf.shape, generator=generator).to(leaf) if _is_float(leaf) else leaf
+
+    other = tree_map(random, wide)
+    return large, [wide, other, tree_map(_stacked, wide, other)]
+
+
+def _stacked(first: Any, second: Any) -> Any:
+    return torch.cat([first, second]) if isinstance(first, Tensor) and first.ndim else first
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
+    copies = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    with torch.no_grad():
+        return tree_leaves(model(*copies))
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _equal(expected: list[Any], found: list[Any]) -> bool:
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor)]
+    return all(a.shape == b.shape and (not _is_float(a) or _close(a, b)) for a, b in pairs)
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    """Equal to half of the digits of the type, measured against the largest output."""
+    finite = expected[expected.isfinite()].abs()
+    scale = max(finite.max().item() if finite.numel() else 0.0, 1e-4)
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * scale
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _explain_failure(error: Exception, graph: Graph, alive: Alive) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    own = [place for place in range(len(frames)) if not _is_torch(frames[place].filename)]
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return _stated(graph, alive, places) or (
+        f"after the cut the model fails in `{frames[own[-1]].line}` ({places[own[-1]]}): {first}; its code may rely "
+        "on sizes that the cut changes"
+    )
+
+
+def _explain_difference(
+    large: nn.Module, sample: tuple[Any, ...], expected: list[Any], graph: Graph, alive: Alive
+) -> str:
+    if not _equal(expected, _run(large, sample)):
+        return "the model gives other outputs each time in eval mode, so no cut can be checked: switch off what is random"
+    return _stated(graph, alive, []) or (
+        "after the cut the model gives other outputs; its code may use the sizes of its tensors as numbers"
+    )
+
+
+def _stated(graph: Graph, alive: Alive, places: list[str]) -> str:
+    """Names the reshapes that state a size which the cut has changed; those at `places` if they are among them."""
+    changed = [fixed for fixed in graph.fixed_sizes if not alive.units[fixed.ids].all()]
+    chosen = [fixed for fixed in changed if any(f"({place})" in fixed.line for place in places)] or changed
+    if not chosen:
+        return ""
+    named = ", ".join(
+        f"{fixed.line} states the size {fixed.size}, of which {int(alive.units[fixed.ids].sum())} are left"
+        for fixed in chosen
+    )
+    return (
+        f"{named}: write torch.flatten(x, 1) or nn.Flatten(), or -1 for that size; or pass on_unknown='keep' to "
+        "keep these units"
+    )
+
+
+def _is_torch(path: str) -> bool:
+    return Path(torch.__file__).parent in Path(path).parents

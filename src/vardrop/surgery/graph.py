@@ -1,0 +1,207 @@
+"""What hangs together in a network: which units can only be removed together, who reads them, what must stay.
+
+The network is traced once by ``torch.export`` and read operation by operation: every tensor has one dimension of units,
+each unit belongs to a class, and its value is known where it is the same for every input. General dependency graphs
+answer which tensors share channels; cutting exactly also needs the constants that dead channels leave behind batch norm
+and biases, and where zero padding forbids folding them, so the reading is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph as Traced
+from torch.fx import Node
+
+from vardrop.errors import GraphError, InvalidValueError
+from vardrop.surgery.layer_rules import convolution, linear
+from vardrop.surgery.reading import (
+    Balance,
+    FixedSize,
+    Follower,
+    Layer,
+    Outcome,
+    Reading,
+    is_in_place,
+    line_of,
+    operation,
+)
+from vardrop.surgery.rules import RULES
+from vardrop.surgery.units import Value
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What hangs together in a network; ``print(graph)`` shows it.
+
+    Attributes:
+        layers: the layers that read and make units, in the order of the pass.
+        followers: batch norms and other tensors that are cut along with units.
+        balances: blocks that must keep equally many units.
+        fixed_sizes: reshapes whose code may state the number of units.
+        pins: units that stay, each with the reason.
+        notes: layers that are kept as they are, and why.
+        classes: for every unit, the unit that stands for its class.
+    """
+
+    layers: tuple[Layer, ...]
+    followers: tuple[Follower, ...]
+    balances: tuple[Balance, ...]
+    fixed_sizes: tuple[FixedSize, ...]
+    pins: tuple[tuple[Tensor, str], ...]
+    notes: tuple[str, ...]
+    classes: Tensor
+
+    def __str__(self) -> str:
+        members, pinned = self._coupled(), self._pinned()
+        rows = []
+        for classes, makers in members.items():
+            names = " + ".join(layer.name for layer in makers)
+            readers = [layer.name for layer in self.layers if not classes.isdisjoint(self.of(layer.inputs))]
+            why = dict.fromkeys(reason for root, reason in pinned.items() if root in classes)
+            row = f"{names}: {len(classes)} units"
+            row += ", removable together" if len(makers) > 1 else ""
+            row += f"; read by {', '.join(readers)}" if readers else ""
+            rows.append(row + (f"; {len(classes & set(pinned))} stay: {', '.join(why)}" if why else ""))
+        return "\n".join([*rows, *self.notes])
+
+    def of(self, ids: Tensor) -> list[int]:
+        """The classes of some units."""
+        return cast(list[int], self.classes[ids].tolist())
+
+    def _pinned(self) -> dict[int, str]:
+        pinned: dict[int, str] = {}
+        for ids, why in self.pins:
+            for root in self.of(ids):
+                pinned.setdefault(root, why)
+        return pinned
+
+    def _coupled(self) -> dict[frozenset[int], list[Layer]]:
+        """Layers whose units share classes, with the classes of all of them."""
+        groups: list[tuple[set[int], list[Layer]]] = []
+        for layer in self.layers:
+            classes, makers = set(self.of(layer.outputs)), [layer]
+            apart = []
+            for other in groups:
+                if classes.isdisjoint(other[0]):
+                    apart.append(other)
+                else:
+                    classes, makers = classes | other[0], other[1] + makers
+            groups = [*apart, (classes, makers)]
+        return {frozenset(classes): makers for classes, makers in groups}
+
+
+def graph(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Graph:
+    """Reads what hangs together in a plain `model`, which is left as it is.
+
+    Args:
+        model: a network of torch.nn layers.
+        example_inputs: one tensor, or a tuple with the arguments of the model's forward.
+        on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
+
+    Raises:
+        GraphError: the model cannot be traced, or holds an operation without a rule.
+        InvalidValueError: `on_unknown` is something else.
+
+    >>> from vardrop.surgery.graph import graph
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> print(graph(net, torch.randn(1, 4)))
+    0: 8 units; read by 2
+    2: 2 units; 2 stay: an output of the model
+    """
+    return read(model, as_arguments(example_inputs), on_unknown=on_unknown)
+
+
+def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments of the model's forward."""
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+
+
+def read(
+    model: nn.Module, arguments: tuple[Any, ...], *, on_unknown: str, keep_fixed_sizes: bool = False
+) -> Graph:
+    """Like :func:`graph`; with `keep_fixed_sizes` units stay where a reshape may state their number."""
+    if on_unknown not in ("refuse", "keep"):
+        raise InvalidValueError(f"on_unknown={on_unknown!r}: must be 'refuse' or 'keep'")
+    model = deepcopy(model).eval()
+    traced, names = _trace(model, arguments)
+    reading = Reading(model, names, keep_fixed_sizes)
+    for node in traced.nodes:
+        reading.env[node] = _visit(reading, node, on_unknown)
+    return Graph(
+        layers=tuple(reading.layers),
+        followers=tuple(reading.followers),
+        balances=tuple(reading.balances),
+        fixed_sizes=tuple(reading.fixed_sizes),
+        pins=tuple(reading.pins),
+        notes=tuple(dict.fromkeys(reading.notes)),
+        classes=reading.classes.roots(),
+    )
+
+
+def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mapping[str, str]]:
+    """The operations of one pass, and the name of the parameter or buffer behind each placeholder."""
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, arguments, strict=False)
+    except Exception as error:
+        raise GraphError(
+            f"{type(model).__name__} cannot be traced by torch.export, which needs a forward without branches on the "
+            f"data: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        ) from error
+    signature = program.graph_signature
+    return program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+
+def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
+    """What comes out of one operation."""
+    if node.op == "output":
+        for source in node.all_input_nodes:
+            reading.pin(reading.value(source), "an output of the model")
+    if node.op != "call_function":
+        return None
+    name = operation(node)
+    if name == "getitem":
+        parts = reading.env.get(cast(Node, node.args[0]))
+        return parts[cast(int, node.args[1])] if isinstance(parts, list) else None
+    if is_in_place(node):
+        _refuse_lost_writes(reading, node)
+    rule = RULES.get(name)
+    carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
+    if name.startswith("_assert") or not (carrying or rule in (linear, convolution)):
+        return None
+    if rule is None and on_unknown == "refuse":
+        raise GraphError(
+            f"compaction has no rule for the operation {name!r} in {line_of(node)}; pass on_unknown='keep' to keep all "
+            "units that flow into it"
+        )
+    return reading.stop(node) if rule is None else rule(reading, node)
+
+
+def _refuse_lost_writes(reading: Reading, node: Node) -> None:
+    """An in-place change reaches other views of the same memory, which a reading by values does not see."""
+    written = _memory(cast(Node, node.args[0]))
+    aliases = [other for other in reading.env if other is not node and _memory(other) is written]
+    if not any(isinstance(reading.env[other], Value) for other in aliases):
+        return
+    if any(user not in reading.env and user is not node for other in aliases for user in other.users):
+        raise GraphError(
+            f"{line_of(node)} changes a tensor in place that is read again through another view; write it without "
+            "the change in place"
+        )
+
+
+def _memory(node: Node) -> Node:
+    """The node whose memory `node` shares."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        shares = schema is None or any(value.alias_info is not None for value in schema.returns)
+        if not (shares or "dropout" in operation(node)):
+            break
+        node = node.all_input_nodes[0]
+    return node

@@ -1,0 +1,187 @@
+"""Which units go: everything that no output depends on, as far as the layers stay valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vardrop.surgery.graph import Graph
+from vardrop.surgery.reading import Balance, Layer
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    Attributes:
+        name: the layer.
+        inputs: input units before and after; the same as `units` for layers that work unit by unit.
+        units: output units before and after.
+        folded: constant input units that move into the bias.
+        kept: why units that are constant, and so could have gone, stay: the reason and how many.
+    """
+
+    name: str
+    inputs: tuple[int, int]
+    units: tuple[int, int]
+    folded: int
+    kept: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`cut` does to a network; ``print(plan)`` is a table.
+
+    Attributes:
+        layers: one entry for each layer, in the order of the pass.
+        notes: layers that are kept as they are, and why.
+        parameters_before: number of parameters of the network, shared ones once.
+        parameters_after: the same after the cut.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def __str__(self) -> str:
+        rows = [("layer", "inputs", "units", "folded", "stays though constant")]
+        for layer in self.layers:
+            kept = "; ".join(f"{count}: {why}" for why, count in layer.kept)
+            rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.units), str(layer.folded or ""), kept))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, *self.notes, f"parameters: {_arrow((self.parameters_before, self.parameters_after))}"])
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Which units stay.
+
+    Attributes:
+        units: for every unit of the graph, whether it stays.
+        why: for each class that stays, the first reason found.
+    """
+
+    units: Tensor
+    why: dict[int, str]
+
+
+def solve(graph: Graph) -> Alive:
+    """Marks what the outputs depend on, backwards and until nothing changes; the rest can go.
+
+    A layer needs an input unit where a weight of one of its living outputs is not zero, unless the unit is a constant
+    that folds into the bias. Layers keep one unit at least, groups and chunks equally many.
+    """
+    marks = _Marks(graph)
+    for ids, why in graph.pins:
+        marks.add(ids, why)
+    while marks.propagate() or marks.even_out() or marks.spare_the_last():
+        pass
+    return Alive(marks.alive[graph.classes], marks.why)
+
+
+class _Marks:
+    """The classes marked alive so far."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.alive = torch.zeros(len(graph.classes), dtype=torch.bool)
+        self.why: dict[int, str] = {}
+
+    def lives(self, ids: Tensor) -> Tensor:
+        return self.alive[self.graph.classes[ids]]
+
+    def add(self, ids: Tensor, why: str) -> bool:
+        """Whether any of the units is newly marked."""
+        fresh = [root for root in self.graph.of(ids) if not self.alive[root]]
+        self.alive[fresh] = True
+        self.why.update(dict.fromkeys(fresh, why))
+        return bool(fresh)
+
+    def propagate(self) -> bool:
+        """Marks the inputs that living outputs depend on."""
+        changed = False
+        for layer in reversed(self.graph.layers):
+            living = self.lives(layer.outputs).view(layer.groups, -1, 1)
+            needs = (layer.reads & living).any(1).flatten() & ~layer.folds
+            known = ~layer.const.isnan()
+            changed |= self.add(layer.inputs[needs & known], f"{layer.name} cannot fold it: {layer.obstacle}")
+            changed |= self.add(layer.inputs[needs & ~known], f"a live unit in the same place is read by {layer.name}")
+        return changed
+
+    def even_out(self) -> bool:
+        """Revives dead units where blocks must keep equally many."""
+        return any([self._even_out(balance) for balance in self.graph.balances])
+
+    def _even_out(self, balance: Balance) -> bool:
+        present = [
+            block for block in balance.blocks if not balance.may_vanish or any(self.lives(row).any() for row in block)
+        ]
+        changed = False
+        for row in zip(*present, strict=True):
+            target = max(1, *(int(self.lives(ids).sum()) for ids in row))
+            for ids in row:
+                dead = ids[~self.lives(ids)]
+                changed |= self.add(dead[: target - len(ids) + len(dead)], f"a filler that keeps {balance.name} equal")
+        return changed
+
+    def spare_the_last(self) -> bool:
+        """Revives one unit of a layer that would have none, a constant one by choice."""
+        changed = False
+        for layer in self.graph.layers:
+            if not self.lives(layer.outputs).any():
+                best = int(layer.makes.isnan().int().argmin())
+                changed |= self.add(layer.outputs[best : best + 1], f"the last unit of {layer.name}")
+        return changed
+
+
+def describe(graph: Graph, alive: Alive) -> tuple[LayerPlan, ...]:
+    """What happens to each layer of the graph."""
+    plans = []
+    for layer in graph.layers:
+        inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
+        constant = outputs & ~layer.makes.isnan()
+        reasons = [alive.why[root] for root in graph.of(layer.outputs[constant])]
+        plans.append(
+            LayerPlan(
+                layer.name,
+                (len(inputs), int(inputs.sum())),
+                (len(outputs), int(outputs.sum())),
+                int(folded(layer, alive).sum()),
+                _counted(reasons),
+            )
+        )
+    for follower in graph.followers:
+        living = alive.units[follower.ids]
+        counts = (len(living), int(living.sum()))
+        plans.append(LayerPlan(follower.name, counts, counts, 0, ()))
+    return tuple(plans)
+
+
+def folded(layer: Layer, alive: Alive) -> Tensor:
+    """The constant inputs of `layer` that go and leave something in its bias."""
+    living = alive.units[layer.outputs].view(layer.groups, -1, 1)
+    read = (layer.reads & living).any(1).flatten()
+    return read & ~alive.units[layer.inputs] & (layer.const != 0)
+
+
+def _counted(reasons: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return tuple(counts.items())
+
+
+def _arrow(counts: tuple[int, int]) -> str:
+    before, after = counts
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
