@@ -8,6 +8,10 @@ from vardrop import warmup as warmup
 from vardrop.cite import cite as cite
 from vardrop.elbo import ELBO as ELBO
 from vardrop.elbo import kl as kl
+from vardrop.export import export_onnx as export_onnx
+from vardrop.io import load as load
+from vardrop.io import save as save
+from vardrop.measure import summary as summary
 from vardrop.methods import ARD as ARD
 from vardrop.methods import VBD as VBD
 from vardrop.methods import BernoulliDropout as BernoulliDropout
@@ -21,6 +25,7 @@ from vardrop.methods import methods as methods
 from vardrop.predict import noise as noise
 from vardrop.predict import predict as predict
 from vardrop.sites import sites as sites
+from vardrop.surgery.compact import compact as compact
 from vardrop.surgery.convert import convert as convert
 from vardrop.surgery.convert import strip as strip
 from vardrop.surgery.prune import prune as prune

@@ -1,64 +1,195 @@
-"""Divergences of a Gaussian weight posterior ``N(mean, std^2)`` to the priors of the family, in nats."""
+"""Divergences of a Gaussian weight posterior ``N(mean, std^2)`` to the priors of the family, in nats, elementwise.
+
+Everything is a function of ``t = mean / std`` and never of ``log(mean^2)``, so values and gradients are finite at
+``mean = 0``, for ``std -> 0`` and for ``alpha = 1 / t^2 -> inf``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-LARGEST_RATIO = 1e18
-VALUE_P = (0.6351814332117858, 16.850123864932275, 106.32853521821436, 5778.951037875148, 36282.179367656,
-           443186.9382498261, 2733969.29661124, -2921573.095360912, -297768.78282261116)
-VALUE_Q = (1.0, 27.102494563222404, 185.8489479424521, 9304.82569841104, 62417.55674398387, 807983.3211721331,
-           3981228.2571029076, 13745624.2888546, 5697159.269920322)
-SLOPE_P = (0.999999920077754, -6.6639635949413005, 380.21644275416304, 2428.2242840446293, 57528.31633711918,
-           746894.9887629517, 2302126.46102424, 83982707.87742598, 15510.193283455605)
-SLOPE_Q = (1.0, -8.664150260169523, 391.64795350044193, 1647.271751993255, 54137.69358278711, 498655.4574836536,
-           4301166.300919709, 22675386.159147676, 59576184.469372645)
+from vardrop.errors import InvalidValueError
+from vardrop.functional._dtype import precise
+from vardrop.functional._ratio import RatioKL
 
-
-def _horner(coefficients: tuple[float, ...], y: Tensor) -> Tensor:
-    total = coefficients[-1] * y
-    for coefficient in coefficients[-2:0:-1]:
-        total.add_(coefficient).mul_(y)
-    return total.add_(coefficients[0])
-
-
-class _LogUniformKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, log_std: Tensor) -> Tensor:
-        inverse_std = torch.exp(-log_std)
-        t = (mean * inverse_std).clamp_(-LARGEST_RATIO, LARGEST_RATIO)
-        t_squared = t.square()
-        y = (1.0 + t_squared).reciprocal_()
-        value = _horner(VALUE_P, y).div_(_horner(VALUE_Q, y)).mul_(1.0 - y)
-        value.add_(t_squared.log1p_(), alpha=0.5)
-        ctx.save_for_backward(t, y, inverse_std)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        t, y, inverse_std = ctx.saved_tensors
-        common = _horner(SLOPE_P, y).div_(_horner(SLOPE_Q, y)).mul_(y).mul_(t).mul_(grad)
-        return common * inverse_std, common.mul_(t).neg_()
-
-
-def log_uniform_kl(mean: Tensor, log_std: Tensor, form: str = "exact") -> Tensor:
-    mean, log_std = torch.broadcast_tensors(mean.float() if mean.dtype != torch.float64 else mean, log_std)
-    if form == "exact":
-        return _LogUniformKL.apply(mean, log_std)
-    r = (mean * torch.exp(-log_std)).square()
-    return 0.5 * torch.log1p(r) + 0.63576 * torch.sigmoid(1.48695 * torch.log(r.clamp_min(1e-30)) - 1.8732)
-
-
-def ard_kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    return 0.5 * torch.log1p((mean * torch.exp(-log_std)).square())
-
-
-def vbd_kl(mean: Tensor, log_std: Tensor, low: float = 0.0, high: float = float("inf")) -> Tensor:
-    return ard_kl(mean, log_std)
+EULER = 0.5772156649015329
+SIGMOID_FIT = (0.63576, 1.87320, 1.48695)
+CUBIC_FIT = (1.161451241083230, -1.502041176441722, 0.586299206427007)
+SMALLEST_SQUARED_RATIO = 1e-30
 
 
 def log_alpha(mean: Tensor, log_std: Tensor) -> Tensor:
+    """``log alpha = 2 log std - 2 log |mean|``, the log of the dropout rate; for reports and rules, not for losses.
+
+    Finite also at ``mean = 0``, where it is that of the smallest normal number.
+
+    Source: arXiv:1701.05369, section 3.
+
+    >>> from vardrop import functional as F
+    >>> F.log_alpha(torch.tensor([1.0]), torch.tensor([1.5]))
+    tensor([3.])
+    """
+    mean, log_std = precise(mean, log_std)
     return 2.0 * (log_std - mean.abs().clamp_min(torch.finfo(mean.dtype).tiny).log())
+
+
+def log_uniform_kl(
+    mean: Tensor, log_std: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact"
+) -> Tensor:
+    """KL to the log-uniform prior ``p(|w|) ~ 1 / |w|``, normalised to vanish as ``alpha -> inf``.
+
+    ``"exact"`` is ``2 * integral of Dawson's function from 0 to |mean| / (std sqrt 2)``, to 4e-8 nats (gradient: to
+    1.2e-7 of itself). ``"sigmoid"`` is the fit of arXiv:1701.05369, equation 14 (error up to 0.0094), ``"cubic"`` that
+    of arXiv:1506.02557, appendix C, for ``alpha <= 1`` only (error up to 0.041); beyond, it stays at its value for 1.
+
+    Args:
+        mean: posterior means, any shape.
+        log_std: logs of the posterior standard deviations; broadcasts with `mean`.
+        form: which form.
+
+    Returns:
+        Nats, of the broadcast shape, in float32 or better.
+
+    Source: arXiv:1506.02557, section 3.3, and arXiv:1701.05369.
+
+    >>> from vardrop import functional as F
+    >>> F.log_uniform_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+    tensor([0.0000, 0.4267])
+    """
+    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    if form == "exact":
+        return _ratio_kl(mean, log_std, exact=True)
+    r = (mean * torch.exp(-log_std)).square()
+    if form == "sigmoid":
+        k1, k2, k3 = SIGMOID_FIT
+        bump = k1 * torch.sigmoid(k3 * torch.log(r.clamp_min(SMALLEST_SQUARED_RATIO)) - k2)
+        return _ratio_kl(mean, log_std, exact=False) + bump
+    if form == "cubic":
+        return _cubic(r.clamp_min(1.0))
+    raise InvalidValueError(f"form={form!r}: must be 'exact', 'sigmoid' or 'cubic'")
+
+
+def log_uniform_kl_from_log_alpha(
+    log_alpha: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact"
+) -> Tensor:
+    """:func:`log_uniform_kl` of the rate ``alpha`` itself, for methods that share one among many weights.
+
+    Source: arXiv:1506.02557, section 3.3.
+
+    >>> from vardrop import functional as F
+    >>> F.log_uniform_kl_from_log_alpha(torch.tensor([0.0]))
+    tensor([0.4267])
+    """
+    return log_uniform_kl(torch.ones_like(log_alpha), 0.5 * log_alpha, form)
+
+
+def ard_kl(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL to a zero-mean Gaussian prior with the best variance: ``log(1 + mean^2 / std^2) / 2``, nats.
+
+    Source: arXiv:1811.00596, section 3, and arXiv:1811.07533, equation 15.
+
+    >>> from vardrop import functional as F
+    >>> F.ard_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+    tensor([0.0000, 0.3466])
+    """
+    return _ratio_kl(*torch.broadcast_tensors(*precise(mean, log_std)), exact=False)
+
+
+def ard_kl_from_log_alpha(log_alpha: Tensor) -> Tensor:
+    """:func:`ard_kl` of the rate itself: ``log(1 + 1 / alpha) / 2``, nats.
+
+    Source: arXiv:1811.07533, equation 15.
+
+    >>> from vardrop import functional as F
+    >>> F.ard_kl_from_log_alpha(torch.tensor([0.0]))
+    tensor([0.3466])
+    """
+    (log_alpha,) = precise(log_alpha)
+    return 0.5 * torch.nn.functional.softplus(-log_alpha)
+
+
+def vbd_kl(mean: Tensor, log_std: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
+    """KL to a zero-mean Gaussian prior with the best variance in ``[low, high]``, nats; without bounds, ``ard_kl``.
+
+    Raises:
+        InvalidValueError: unless ``0 <= low < high``.
+
+    Source: arXiv:1811.07533, equations 11 to 15, with the interval kept.
+
+    >>> from vardrop import functional as F
+    >>> F.vbd_kl(torch.tensor([1.0]), torch.tensor([0.0]), low=0.0, high=1.0)
+    tensor([0.5000])
+    """
+    if not 0.0 <= low < high:
+        raise InvalidValueError(f"low={low}, high={high}: must satisfy 0 <= low < high")
+    free = ard_kl(mean, log_std)
+    if low == 0.0 and high == math.inf:
+        return free
+    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    second_moment = mean.square() + torch.exp(2.0 * log_std)
+    inside = (second_moment >= low) & (second_moment <= high)
+    bound = torch.where(inside, 1.0, second_moment.detach().clamp(low, high))
+    held = 0.5 * torch.log(bound) - log_std + 0.5 * (second_moment / bound - 1.0)
+    return torch.where(inside, free, held)
+
+
+def gamma_ard_kl(mean: Tensor, log_std: Tensor, a: float, b: float) -> Tensor:
+    """Minus the regulariser of ARD with a Gamma(a, b) hyper-prior on the precision, constant included, nats.
+
+    ``-log std + (a - 1/2) log(std^2 + mean^2 + 2 b) - C``. For ``a < 1`` it falls without bound as std grows. With
+    ``b = 0`` the constant is infinite and its ``a log b`` is left out.
+
+    Raises:
+        InvalidValueError: unless ``a > 1/2`` and ``b >= 0``.
+
+    Source: arXiv:1811.00596, section 4 and appendix B.
+
+    >>> from vardrop import functional as F
+    >>> F.gamma_ard_kl(torch.tensor([0.1]), torch.tensor([-5.0]), a=0.51, b=1e-8)
+    tensor([14.4506])
+    """
+    if not a > 0.5:
+        raise InvalidValueError(f"a={a}: the Gamma prior needs a > 1/2, below it no precision is best")
+    if not b >= 0.0:
+        raise InvalidValueError(f"b={b}: the Gamma prior needs b >= 0")
+    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    constant = 1.0 - a - math.lgamma(a) + 0.5 * (2.0 * a - 1.0) * math.log(2.0 * a - 1.0)
+    constant += a * math.log(b) if b > 0.0 else 0.0
+    total = torch.exp(2.0 * log_std) + mean.square() + 2.0 * b
+    return (a - 0.5) * torch.log(total.clamp_min(torch.finfo(mean.dtype).tiny)) - log_std - constant
+
+
+def normal_kl(mean: Tensor, log_std: Tensor, prior_variance: float | Tensor) -> Tensor:
+    """KL to ``N(0, prior_variance)``, nats.
+
+    Raises:
+        InvalidValueError: if a `prior_variance` given as a number is not above 0.
+
+    Source: arXiv:1312.6114, appendix B.
+
+    >>> from vardrop import functional as F
+    >>> F.normal_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]), prior_variance=1.0)
+    tensor([0.0000, 0.5000])
+    """
+    if not isinstance(prior_variance, Tensor) and not prior_variance > 0.0:
+        raise InvalidValueError(f"prior_variance={prior_variance}: must be above 0")
+    mean, log_std = precise(mean, log_std)
+    variance = torch.as_tensor(prior_variance, device=mean.device, dtype=mean.dtype)
+    doubled = 2.0 * log_std - torch.log(variance)
+    return 0.5 * (mean.square() / variance + torch.expm1(doubled) - doubled)
+
+
+def _ratio_kl(mean: Tensor, log_std: Tensor, *, exact: bool) -> Tensor:
+    result: Any = RatioKL.apply(mean, log_std, exact)
+    return result  # type: ignore[no-any-return]
+
+
+def _cubic(r: Tensor) -> Tensor:
+    """The cubic fit at ``alpha = 1 / r``, for ``r >= 1``."""
+    c1, c2, c3 = CUBIC_FIT
+    alpha = r.reciprocal()
+    return 0.5 * (EULER + math.log(2.0) + torch.log(r)) - alpha * (c1 + alpha * (c2 + alpha * c3))

@@ -1,0 +1,87 @@
+"""KL of a Gaussian weight posterior to a Student-t prior: no closed form, so a quadrature that holds everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vardrop.errors import InvalidValueError
+from vardrop.functional._dtype import precise
+
+STEP = 0.5
+LARGEST_SECOND_MOMENT = 1e4
+
+
+def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Tensor | None = None) -> Tensor:
+    """KL to the Student-t prior whose precision is Gamma(a, b) distributed, nats.
+
+    The expectation ``E log(1 + w^2 / 2b)`` is a trapezoidal sum over the integral form of the logarithm, exact to
+    2e-8 nats for ``mean^2 + std^2 <= 1e4``. With a standard normal `draw` it is the unbiased one-sample estimate
+    instead, for a hundredth of the time.
+
+    Raises:
+        InvalidValueError: unless ``a > 0`` and ``b > 0``.
+
+    Source: arXiv:1811.00596, appendix C.
+
+    >>> from vardrop import functional as F
+    >>> F.student_t_kl(torch.tensor([0.0]), torch.tensor([0.0]), a=1.0, b=0.5)
+    tensor([0.0744])
+    """
+    for name, value in (("a", a), ("b", b)):
+        if not value > 0.0:
+            raise InvalidValueError(f"{name}={value}: the Student-t prior needs {name} > 0")
+    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    if draw is None:
+        expectation: Tensor = _ExpectedLog.apply(mean, log_std, b)[0]
+    else:
+        expectation = torch.log1p((mean + torch.exp(log_std) * draw).square() / (2.0 * b))
+    log_norm = math.lgamma(a + 0.5) - math.lgamma(a) - 0.5 * math.log(2.0 * math.pi * b)
+    return (a + 0.5) * expectation - log_std - (0.5 * math.log(2.0 * math.pi * math.e) + log_norm)
+
+
+class _ExpectedLog(torch.autograd.Function):
+    """``E log(1 + w^2 / 2b)`` for ``w ~ N(mean, std^2)``; the derivatives are summed beside the value.
+
+    ``log(1 + z) = integral over s > 0 of (1 - exp(-s z)) exp(-s) / s``, taken in ``x = log s``, where a Gaussian
+    expectation of ``exp(-s w^2 / 2b)`` is elementary.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mean: Tensor, log_std: Tensor, b: float) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        variance, squared = torch.exp(2.0 * log_std), mean.square()
+        value, by_mean, by_log_std = (torch.zeros_like(mean) for _ in range(3))
+        for s, weight in _nodes(b):
+            d = variance * (s / b)
+            r = (d + 1.0).reciprocal_()
+            exponent = squared * r * (-0.5 * s / b) + 0.5 * torch.log(r)
+            kept = torch.exp(exponent)
+            value -= weight * torch.expm1(exponent)
+            common = kept * r * weight
+            by_mean += common * (s / b)
+            by_log_std += common * d * (1.0 - squared * r * (s / b))
+        return value, by_mean * mean, by_log_std
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_mean, by_log_std = ctx.saved_tensors
+        return gradient * by_mean, gradient * by_log_std, None
+
+
+def _nodes(b: float) -> list[tuple[float, float]]:
+    """Nodes ``s`` and weights of the trapezoidal rule in ``log s``."""
+    first = min(math.log(b / LARGEST_SECOND_MOMENT) - 18.0, -6.0)
+    count = math.ceil((4.0 - first) / STEP)
+    points = (math.exp(4.0 - STEP * index) for index in range(count + 1))
+    return [(s, STEP * math.exp(-s)) for s in points]
