@@ -76,7 +76,7 @@ def parameters(model):
 
 
 def check(model, inputs, *, on_unknown="refuse", batches=(1, 2, 7)):
-    """Cuts copies of `model` in float64 and float32, holds them against it, and returns the plan and the float64 one."""
+    """Cuts copies of `model` in float32 and float64, compares, and returns the plan and the float64 copy."""
     model.eval()
     state = deepcopy(model.state_dict())
     planned = plan(model, inputs, on_unknown=on_unknown)

@@ -66,7 +66,11 @@ def test_nothing_to_cut_leaves_the_parameters_as_they_are():
 
 def test_layers_without_bias_get_one_only_where_a_constant_folds():
     model = nn.Sequential(
-        nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 5, bias=False), nn.Sigmoid(), nn.Linear(5, 2, bias=False)
+        nn.Linear(4, 5, bias=False),
+        nn.ReLU(),
+        nn.Linear(5, 5, bias=False),
+        nn.Sigmoid(),
+        nn.Linear(5, 2, bias=False),
     )
     kill(model[0], [0])
     kill(model[2], [1, 2])
@@ -245,7 +249,9 @@ def test_norms_with_and_without_affine_and_running_statistics(norm, affine, trac
 
 def test_batch_statistics_leave_no_constant_but_zero():
     model = randomised(
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        )
     )
     kill(model[0], [0, 1])
     with torch.no_grad():
@@ -254,8 +260,14 @@ def test_batch_statistics_leave_no_constant_but_zero():
 
 
 ACTIVATIONS = {
-    **{kind.__name__: kind for kind in (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU)},
-    **{kind.__name__: kind for kind in (nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.SELU, nn.ReLU6, nn.Softsign)},
+    **{
+        kind.__name__: kind
+        for kind in (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU)
+    },
+    **{
+        kind.__name__: kind
+        for kind in (nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.SELU, nn.ReLU6, nn.Softsign)
+    },
     "tanh gelu": lambda: nn.GELU("tanh"),
     "in place": lambda: nn.ReLU(inplace=True),
     "dropout": lambda: nn.Dropout(0.5),
@@ -313,7 +325,14 @@ def test_convolutions_of_every_rank(rank):
     back = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
     model = randomised(
         nn.Sequential(
-            conv(2, 5, 3), norm(5), nn.ReLU(), conv(5, 6, 2, dilation=2), nn.ReLU(), back(6, 4, 2), nn.ReLU(), conv(4, 2, 1)
+            conv(2, 5, 3),
+            norm(5),
+            nn.ReLU(),
+            conv(5, 6, 2, dilation=2),
+            nn.ReLU(),
+            back(6, 4, 2),
+            nn.ReLU(),
+            conv(4, 2, 1),
         )
     )
     kill(model[0], [0, 3])
@@ -353,7 +372,15 @@ def test_the_plan_prints_what_goes_what_folds_and_what_stays():
     kill(model[0], [0, 2])
     kill(model[3], [1])
     text = str(plan(model, torch.randn(2, 2, 7, 7)))
-    assert text.splitlines()[0].split() == ["layer", "inputs", "units", "folded", "stays", "though", "constant"]
+    assert text.splitlines()[0].split() == [
+        "layer",
+        "inputs",
+        "units",
+        "folded",
+        "stays",
+        "though",
+        "constant",
+    ]
     assert "2: 3 cannot fold it: zero padding cuts it off at the border" in text
     assert "4 -> 3" in text
     assert text.splitlines()[-1] == f"parameters: {parameters(model)} -> {parameters(model) - 6 * 9 - 1 - 2}"

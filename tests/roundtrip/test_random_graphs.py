@@ -32,7 +32,9 @@ class Random(nn.Module):
         self.program = []
         self.channels = [3]
         for _ in range(steps):
-            draw.choice((self.conv, self.conv, self.norm, self.activation, self.add, self.join, self.gate, self.pool))(draw)
+            draw.choice(
+                (self.conv, self.conv, self.norm, self.activation, self.add, self.join, self.gate, self.pool)
+            )(draw)
         self.heads = nn.ModuleList(nn.Linear(self.channels[-1] * size, 3) for size in (1, 4))
         self.out = nn.Linear(6, 2)
 
@@ -54,7 +56,13 @@ class Random(nn.Module):
         kernel = draw.choice((1, 3))
         mode = draw.choice(("zeros", "zeros", "reflect", "circular", "replicate"))
         conv = nn.Conv2d(
-            inputs, outputs, kernel, padding=kernel // 2, groups=groups, padding_mode=mode, bias=draw.random() < 0.7
+            inputs,
+            outputs,
+            kernel,
+            padding=kernel // 2,
+            groups=groups,
+            padding_mode=mode,
+            bias=draw.random() < 0.7,
         )
         if draw.random() < 0.15 and groups == 1:
             conv = nn.ConvTranspose2d(inputs, outputs, kernel, padding=kernel // 2)
@@ -72,12 +80,19 @@ class Random(nn.Module):
     def add(self, draw):
         source = self.source(draw)
         other = draw.choice([i for i, c in enumerate(self.channels) if c == self.channels[source]])
-        self.step(self.channels[source], draw.choice((torch.add, torch.sub, torch.mul, torch.maximum)), source, other)
+        self.step(
+            self.channels[source],
+            draw.choice((torch.add, torch.sub, torch.mul, torch.maximum)),
+            source,
+            other,
+        )
 
     def join(self, draw):
         first, second = self.source(draw), self.source(draw)
         if self.channels[first] + self.channels[second] <= 16:
-            self.step(self.channels[first] + self.channels[second], lambda a, b: torch.cat([a, b], 1), first, second)
+            self.step(
+                self.channels[first] + self.channels[second], lambda a, b: torch.cat([a, b], 1), first, second
+            )
 
     def gate(self, draw):
         source = self.source(draw)

@@ -19,7 +19,9 @@ def compact(
 
 
 @overload
-def compact(model: nn.Module, example_inputs: Any, *, dry_run: Literal[True], on_unknown: str = "refuse") -> Plan: ...
+def compact(
+    model: nn.Module, example_inputs: Any, *, dry_run: Literal[True], on_unknown: str = "refuse"
+) -> Plan: ...
 
 
 def compact(
@@ -27,8 +29,8 @@ def compact(
 ) -> nn.Module | Plan:
     """A smaller copy of `model` in plain torch.nn, with the outputs of the pruned model in eval mode.
 
-    A unit goes if no living weight reads it, or if it is a constant that moves exactly into the bias of its readers.
-    Modules keep their classes and names. The result is compared with the model before it is handed out.
+    A unit goes if no living weight reads it, or if it is a constant that moves exactly into the bias of its
+    readers. Modules keep their classes and names. The result is held against the model before it is returned.
 
     Args:
         model: a converted model, or a plain one whose weights hold zeros; it is left as it is.
@@ -37,8 +39,8 @@ def compact(
         on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
 
     Raises:
-        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code that the cut
-            changes, or does not give the same outputs after the cut.
+        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code
+            that the cut changes, or does not give the same outputs after the cut.
         InvalidValueError: `on_unknown` is something else.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

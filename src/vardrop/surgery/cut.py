@@ -22,8 +22,8 @@ from vardrop.surgery.reading import Follower, Layer
 def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
     """What :func:`cut` would do; `model` is left as it is.
 
-    The cut is made on a copy and compared with the model on the example, on a random input of the same shape, and on
-    both as one batch where the model takes it.
+    The cut is made on a copy and compared with the model on the example, on a random input of the same shape,
+    and on both as one batch where the model takes it.
 
     Args:
         model: a network of torch.nn layers whose weights hold zeros.
@@ -31,12 +31,13 @@ def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -
         on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
 
     Raises:
-        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code that the cut
-            changes, or does not give the same outputs after the cut.
+        GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code
+            that the cut changes, or does not give the same outputs after the cut.
         InvalidValueError: `on_unknown` is something else.
 
     >>> from vardrop.surgery.cut import plan
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).requires_grad_(False)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> net = net.requires_grad_(False)
     >>> net[0].weight[:5] = 0
     >>> print(plan(net, torch.randn(1, 4)))
     layer  inputs  units   folded  stays though constant
@@ -50,18 +51,19 @@ def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -
 def cut(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
     """Takes out of `model`, in place, all units that no output depends on, and returns what was done.
 
-    In eval mode the outputs stay the same to float accuracy, for every input whose shape differs from the example's in
-    the batch size alone. Modules keep their classes and names; their parameters are new and smaller. Arguments and errors
-    are those of :func:`plan`; after an error the model is unharmed.
+    In eval mode the outputs stay the same to float accuracy, for every input whose shape differs from the
+    example's in the batch size alone. Modules keep their classes and names; their parameters are new and
+    smaller. Arguments and errors are those of :func:`plan`; after an error the model is unharmed.
 
     >>> from vardrop.surgery.cut import cut
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).requires_grad_(False)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> net = net.requires_grad_(False)
     >>> net[0].weight[:5] = 0
     >>> done = cut(net, torch.randn(1, 4))
     >>> net
     Sequential(
       (0): Linear(in_features=4, out_features=3, bias=True)
-      (1): ReLU()
+      (1): Tanh()
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
@@ -74,7 +76,7 @@ def _prove(model: nn.Module, inputs: tuple[Any, ...], on_unknown: str) -> tuple[
     graph = read(model, inputs, on_unknown=on_unknown)
     alive = solve(graph)
     try:
-        small = _compare(model, inputs, graph, alive)
+        small = model if alive.units.all() else _compare(model, inputs, graph, alive)
     except GraphError:
         if on_unknown == "refuse" or not graph.fixed_sizes:
             raise
@@ -90,10 +92,11 @@ def _count(model: nn.Module) -> int:
 
 def _apply(model: nn.Module, graph: Graph, alive: Alive) -> None:
     with torch.no_grad():
-        for layer in graph.layers:
-            _cut_layer(model, layer, alive)
-        for follower in graph.followers:
-            _cut_follower(model, follower, alive)
+        for part in graph.parts:
+            if isinstance(part, Layer):
+                _cut_layer(model, part, alive)
+            else:
+                _cut_follower(model, part, alive)
 
 
 def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
@@ -119,7 +122,7 @@ def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
 
 
 def _living(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The part of a weight ``(groups, outputs, inputs, taps)`` that lives; the same number in each living group."""
+    """The part of a weight ``(groups, outputs, inputs, taps)`` that lives."""
     groups = outputs.any(1).nonzero()
     columns = inputs[groups[:, 0]].nonzero()[:, 1].view(len(groups), 1, -1)
     rows = outputs[groups[:, 0]].nonzero()[:, 1].view(len(groups), -1, 1)
@@ -155,17 +158,29 @@ def _put(model: nn.Module, name: str, values: Tensor, like: Tensor) -> None:
         setattr(owner, attribute, tensor)
 
 
+class _DoesNotRun(Exception):
+    """The model does not run on its example."""
+
+
 def _compare(model: nn.Module, inputs: tuple[Any, ...], graph: Graph, alive: Alive) -> nn.Module:
-    """A copy of `model` after the cut, of which it is sure that it computes the same."""
-    large, samples = _widened(model, inputs)
+    """A cut copy of `model` that was seen to compute the same, in float64 where the model runs in it."""
+    wide = tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, inputs)
+    try:
+        return _compare_copies(deepcopy(model).eval().double(), wide, graph, alive)
+    except _DoesNotRun:
+        return _compare_copies(deepcopy(model).eval(), inputs, graph, alive)
+
+
+def _compare_copies(large: nn.Module, inputs: tuple[Any, ...], graph: Graph, alive: Alive) -> nn.Module:
+    """Cuts a copy of `large` and holds the two together on all samples that `large` takes."""
     small = deepcopy(large)
     _apply(small, graph, alive)
-    for sample in samples:
+    for sample in _samples(inputs):
         try:
             expected = _run(large, sample)
-        except Exception:
-            if sample is samples[0]:
-                raise
+        except Exception as error:
+            if sample is inputs:
+                raise _DoesNotRun from error
             continue
         try:
             found = _run(small, sample)
@@ -176,21 +191,15 @@ def _compare(model: nn.Module, inputs: tuple[Any, ...], graph: Graph, alive: Ali
     return small
 
 
-def _widened(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-    """A float64 copy of `model` where it runs in float64, and the inputs to compare it on."""
-    wide = tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, inputs)
-    try:
-        large = deepcopy(model).eval().double()
-        _run(deepcopy(large), wide)
-    except Exception:
-        large, wide = deepcopy(model).eval(), inputs
+def _samples(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The example, a random input of the same shape, and both as one batch."""
     generator = torch.Generator().manual_seed(0)
 
     def random(leaf: Any) -> Any:
         return torch.randn(leaf.shape, generator=generator).to(leaf) if _is_float(leaf) else leaf
 
-    other = tree_map(random, wide)
-    return large, [wide, other, tree_map(_stacked, wide, other)]
+    other = tree_map(random, inputs)
+    return [inputs, other, tree_map(_stacked, inputs, other)]
 
 
 def _stacked(first: Any, second: Any) -> Any:
@@ -225,9 +234,9 @@ def _explain_failure(error: Exception, graph: Graph, alive: Alive) -> str:
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     own = [place for place in range(len(frames)) if not _is_torch(frames[place].filename)]
     first = str(error).strip().partition("\n")[0] or type(error).__name__
+    line = f"`{frames[own[-1]].line}` ({places[own[-1]]})"
     return _stated(graph, alive, places) or (
-        f"after the cut the model fails in `{frames[own[-1]].line}` ({places[own[-1]]}): {first}; its code may rely "
-        "on sizes that the cut changes"
+        f"after the cut the model fails in {line}: {first}; its code may rely on sizes that the cut changes"
     )
 
 
@@ -235,14 +244,17 @@ def _explain_difference(
     large: nn.Module, sample: tuple[Any, ...], expected: list[Any], graph: Graph, alive: Alive
 ) -> str:
     if not _equal(expected, _run(large, sample)):
-        return "the model gives other outputs each time in eval mode, so no cut can be checked: switch off what is random"
+        return (
+            "the model gives other outputs each time in eval mode, so no cut can be checked: "
+            "switch off what is random"
+        )
     return _stated(graph, alive, []) or (
         "after the cut the model gives other outputs; its code may use the sizes of its tensors as numbers"
     )
 
 
 def _stated(graph: Graph, alive: Alive, places: list[str]) -> str:
-    """Names the reshapes that state a size which the cut has changed; those at `places` if they are among them."""
+    """Names the reshapes that state a size which the cut has changed, the ones at `places` first of all."""
     changed = [fixed for fixed in graph.fixed_sizes if not alive.units[fixed.ids].all()]
     chosen = [fixed for fixed in changed if any(f"({place})" in fixed.line for place in places)] or changed
     if not chosen:
@@ -252,8 +264,8 @@ def _stated(graph: Graph, alive: Alive, places: list[str]) -> str:
         for fixed in chosen
     )
     return (
-        f"{named}: write torch.flatten(x, 1) or nn.Flatten(), or -1 for that size; or pass on_unknown='keep' to "
-        "keep these units"
+        f"{named}: write torch.flatten(x, 1) or nn.Flatten(), or -1 for that size; or pass on_unknown='keep' "
+        "to keep these units"
     )
 
 

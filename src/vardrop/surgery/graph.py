@@ -1,9 +1,10 @@
 """What hangs together in a network: which units can only be removed together, who reads them, what must stay.
 
-The network is traced once by ``torch.export`` and read operation by operation: every tensor has one dimension of units,
-each unit belongs to a class, and its value is known where it is the same for every input. General dependency graphs
-answer which tensors share channels; cutting exactly also needs the constants that dead channels leave behind batch norm
-and biases, and where zero padding forbids folding them, so the reading is done here.
+The network is traced once by ``torch.export`` and read operation by operation: every tensor has one dimension
+of units, each unit belongs to a class, and its value is known where it is the same for every input. General
+dependency graphs answer which tensors share channels; cutting exactly also needs the constants that dead
+channels leave behind batch norm and biases, and where zero padding forbids folding them, so the reading is
+done here.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Graph:
     """What hangs together in a network; ``print(graph)`` shows it.
 
     Attributes:
-        layers: the layers that read and make units, in the order of the pass.
-        followers: batch norms and other tensors that are cut along with units.
+        parts: layers that read and make units, and batch norms and other tensors that are cut along with
+            units, in the order of the pass.
         balances: blocks that must keep equally many units.
         fixed_sizes: reshapes whose code may state the number of units.
         pins: units that stay, each with the reason.
@@ -49,8 +50,7 @@ class Graph:
         classes: for every unit, the unit that stands for its class.
     """
 
-    layers: tuple[Layer, ...]
-    followers: tuple[Follower, ...]
+    parts: tuple[Layer | Follower, ...]
     balances: tuple[Balance, ...]
     fixed_sizes: tuple[FixedSize, ...]
     pins: tuple[tuple[Tensor, str], ...]
@@ -69,6 +69,11 @@ class Graph:
             row += f"; read by {', '.join(readers)}" if readers else ""
             rows.append(row + (f"; {len(classes & set(pinned))} stay: {', '.join(why)}" if why else ""))
         return "\n".join([*rows, *self.notes])
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that read and make units."""
+        return [part for part in self.parts if isinstance(part, Layer)]
 
     def of(self, ids: Tensor) -> list[int]:
         """The classes of some units."""
@@ -134,8 +139,7 @@ def read(
     for node in traced.nodes:
         reading.env[node] = _visit(reading, node, on_unknown)
     return Graph(
-        layers=tuple(reading.layers),
-        followers=tuple(reading.followers),
+        parts=tuple(reading.parts),
         balances=tuple(reading.balances),
         fixed_sizes=tuple(reading.fixed_sizes),
         pins=tuple(reading.pins),
@@ -151,8 +155,8 @@ def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mappin
             program = torch.export.export(model, arguments, strict=False)
     except Exception as error:
         raise GraphError(
-            f"{type(model).__name__} cannot be traced by torch.export, which needs a forward without branches on the "
-            f"data: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            f"{type(model).__name__} cannot be traced by torch.export, which needs a forward without "
+            f"branches on the data: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     signature = program.graph_signature
     return program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -175,12 +179,15 @@ def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
     carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
     if name.startswith("_assert") or not (carrying or rule in (linear, convolution)):
         return None
-    if rule is None and on_unknown == "refuse":
+    if rule is not None:
+        return rule(reading, node)
+    if on_unknown == "refuse":
         raise GraphError(
-            f"compaction has no rule for the operation {name!r} in {line_of(node)}; pass on_unknown='keep' to keep all "
-            "units that flow into it"
+            f"compaction has no rule for the operation {name!r} in {line_of(node)}; pass on_unknown='keep' "
+            "to keep all units that flow into it"
         )
-    return reading.stop(node) if rule is None else rule(reading, node)
+    reading.notes.append(f"{name} in {line_of(node)} has no rule: all units that flow into it stay")
+    return reading.stop(node)
 
 
 def _refuse_lost_writes(reading: Reading, node: Node) -> None:
@@ -191,8 +198,8 @@ def _refuse_lost_writes(reading: Reading, node: Node) -> None:
         return
     if any(user not in reading.env and user is not node for other in aliases for user in other.users):
         raise GraphError(
-            f"{line_of(node)} changes a tensor in place that is read again through another view; write it without "
-            "the change in place"
+            f"{line_of(node)} changes a tensor in place that is read again through another view; write it "
+            "without the change in place"
         )
 
 

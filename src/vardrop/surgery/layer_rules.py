@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vardrop.surgery.reading import LAYERS, Layer, Outcome, Reading, arguments, operation, shape
+from vardrop.surgery.reading import Layer, Outcome, Reading, arguments, operation, shape
 from vardrop.surgery.units import Value
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a linear or convolution: its operands, where its channels are, and whether its borders are exact."""
+    """One call of a linear or convolution: its operands, where its channels are, what keeps constants in."""
 
     node: Node
     source: Node
@@ -36,7 +36,7 @@ def linear(reading: Reading, node: Node) -> Outcome:
 
 
 def convolution(reading: Reading, node: Node) -> Outcome:
-    """A convolution, plain or transposed; a constant channel reaches its borders differently unless nothing is padded."""
+    """A convolution, plain or transposed; padding makes a constant channel differ at the borders."""
     given, name = arguments(node), operation(node)
     source: Node = given["input"]
     rank = int(name[-2])
@@ -54,7 +54,7 @@ def canonical(weight: Tensor, groups: int, transposed: bool) -> Tensor:
 
 
 def contribution(weight: Tensor, const: Tensor) -> Tensor:
-    """What constant inputs add to each output: ``sum_i const_i sum_taps weight_oi``, float64, shape ``(outputs,)``.
+    """What constant inputs add to each output: ``sum_i const_i sum_taps weight_oi``; float64, ``(outputs,)``.
 
     Args:
         weight: as made by :func:`canonical`.
@@ -81,7 +81,7 @@ def _read(reading: Reading, call: _Call) -> Outcome:
     weight = reading.state(call.weight)
     if why is not None or weight is None or weight_name is None:
         return _keep(reading, call, why or "its weight changes during the pass")
-    plain = reading.is_plain_call(call.node, weight_name, LAYERS)
+    plain = reading.is_plain_call(call.node, weight_name)
     if call.groups > 1 and not plain:
         return _keep(reading, call, f"{weight_name} is called as a function with a fixed number of groups")
     value = _input(reading, call)
@@ -89,11 +89,12 @@ def _read(reading: Reading, call: _Call) -> Outcome:
     reads = (weights != 0).any(-1)
     moves = value.known & ((value.const == 0) | (call.obstacle == ""))
     bias = reading.state(call.bias)
-    made = contribution(weights, torch.where(moves, value.const, 0.0)) + (0.0 if bias is None else bias.double())
+    made = contribution(weights, torch.where(moves, value.const, 0.0))
+    made = made if bias is None else made + bias.double()
     varies = (reads & ~moves.view(call.groups, 1, -1)).any(-1).flatten()
     outputs = Value(call.dim, reading.classes.new(len(made)), torch.where(varies, torch.nan, made))
     owner, _, attribute = weight_name.rpartition(".")
-    reading.layers.append(
+    reading.parts.append(
         Layer(
             name=owner if plain or attribute == "weight" else weight_name,
             weight=weight_name,
@@ -122,7 +123,7 @@ def _input(reading: Reading, call: _Call) -> Value:
     return reading.fixed(shape(call.source)[call.dim], call.dim, "not made by a layer that can be cut")
 
 
-def _keep(reading: Reading, call: _Call, why: str) -> None:
+def _keep(reading: Reading, call: _Call, why: str) -> Outcome:
     name = reading.state_name(call.weight) or operation(call.node)
     reading.notes.append(f"{name.removesuffix('.weight')} is kept as it is: {why}")
-    reading.stop(call.node, f"read by {name.removesuffix('.weight')}, which is kept as it is")
+    return reading.stop(call.node, f"read by {name.removesuffix('.weight')}, which is kept as it is")

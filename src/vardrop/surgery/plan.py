@@ -54,13 +54,12 @@ class Plan:
         rows = [("layer", "inputs", "units", "folded", "stays though constant")]
         for layer in self.layers:
             kept = "; ".join(f"{count}: {why}" for why, count in layer.kept)
-            rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.units), str(layer.folded or ""), kept))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.notes, f"parameters: {_arrow((self.parameters_before, self.parameters_after))}"])
+            folded = str(layer.folded or "")
+            rows.append((layer.name, _arrow(layer.inputs), _arrow(layer.units), folded, kept))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        total = _arrow((self.parameters_before, self.parameters_after))
+        return "\n".join([*lines, *self.notes, f"parameters: {total}"])
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Alive:
 def solve(graph: Graph) -> Alive:
     """Marks what the outputs depend on, backwards and until nothing changes; the rest can go.
 
-    A layer needs an input unit where a weight of one of its living outputs is not zero, unless the unit is a constant
-    that folds into the bias. Layers keep one unit at least, groups and chunks equally many.
+    A layer needs an input unit where a weight of one of its living outputs is not zero, unless the unit is a
+    constant that folds into the bias. Layers keep one unit at least, groups and chunks equally many.
     """
     marks = _Marks(graph)
     for ids, why in graph.pins:
@@ -111,60 +110,55 @@ class _Marks:
     def propagate(self) -> bool:
         """Marks the inputs that living outputs depend on."""
         changed = False
+        place = "a live unit in the same place is read by"
         for layer in reversed(self.graph.layers):
             living = self.lives(layer.outputs).view(layer.groups, -1, 1)
             needs = (layer.reads & living).any(1).flatten() & ~layer.folds
             known = ~layer.const.isnan()
             changed |= self.add(layer.inputs[needs & known], f"{layer.name} cannot fold it: {layer.obstacle}")
-            changed |= self.add(layer.inputs[needs & ~known], f"a live unit in the same place is read by {layer.name}")
+            changed |= self.add(layer.inputs[needs & ~known], f"{place} {layer.name}")
         return changed
 
     def even_out(self) -> bool:
         """Revives dead units where blocks must keep equally many."""
-        return any([self._even_out(balance) for balance in self.graph.balances])
+        return any(self._even_out(balance) for balance in self.graph.balances)
 
     def _even_out(self, balance: Balance) -> bool:
         present = [
-            block for block in balance.blocks if not balance.may_vanish or any(self.lives(row).any() for row in block)
+            block
+            for block in balance.blocks
+            if not balance.may_vanish or any(self.lives(row).any() for row in block)
         ]
         changed = False
         for row in zip(*present, strict=True):
             target = max(1, *(int(self.lives(ids).sum()) for ids in row))
             for ids in row:
                 dead = ids[~self.lives(ids)]
-                changed |= self.add(dead[: target - len(ids) + len(dead)], f"a filler that keeps {balance.name} equal")
+                missing = target - (len(ids) - len(dead))
+                changed |= self.add(dead[:missing], f"a filler that keeps {balance.name} equal")
         return changed
 
     def spare_the_last(self) -> bool:
-        """Revives one unit of a layer that would have none, a constant one by choice."""
-        changed = False
-        for layer in self.graph.layers:
+        """Revives one unit of the last layer that would have none, a constant one by choice."""
+        for layer in reversed(self.graph.layers):
             if not self.lives(layer.outputs).any():
                 best = int(layer.makes.isnan().int().argmin())
-                changed |= self.add(layer.outputs[best : best + 1], f"the last unit of {layer.name}")
-        return changed
+                return self.add(layer.outputs[best : best + 1], f"the last unit of {layer.name}")
+        return False
 
 
 def describe(graph: Graph, alive: Alive) -> tuple[LayerPlan, ...]:
-    """What happens to each layer of the graph."""
+    """What happens to each layer of the graph, in the order of the pass."""
     plans = []
-    for layer in graph.layers:
-        inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
-        constant = outputs & ~layer.makes.isnan()
-        reasons = [alive.why[root] for root in graph.of(layer.outputs[constant])]
-        plans.append(
-            LayerPlan(
-                layer.name,
-                (len(inputs), int(inputs.sum())),
-                (len(outputs), int(outputs.sum())),
-                int(folded(layer, alive).sum()),
-                _counted(reasons),
-            )
-        )
-    for follower in graph.followers:
-        living = alive.units[follower.ids]
-        counts = (len(living), int(living.sum()))
-        plans.append(LayerPlan(follower.name, counts, counts, 0, ()))
+    for part in graph.parts:
+        if isinstance(part, Layer):
+            inputs, outputs = alive.units[part.inputs], alive.units[part.outputs]
+            reasons = [alive.why[root] for root in graph.of(part.outputs[outputs & ~part.makes.isnan()])]
+            count = int(folded(part, alive).sum())
+            plans.append(LayerPlan(part.name, _counts(inputs), _counts(outputs), count, _tally(reasons)))
+        else:
+            units = _counts(alive.units[part.ids])
+            plans.append(LayerPlan(part.name, units, units, 0, ()))
     return tuple(plans)
 
 
@@ -175,7 +169,11 @@ def folded(layer: Layer, alive: Alive) -> Tensor:
     return read & ~alive.units[layer.inputs] & (layer.const != 0)
 
 
-def _counted(reasons: Iterable[str]) -> tuple[tuple[str, int], ...]:
+def _counts(living: Tensor) -> tuple[int, int]:
+    return len(living), int(living.sum())
+
+
+def _tally(reasons: Iterable[str]) -> tuple[tuple[str, int], ...]:
     counts: dict[str, int] = {}
     for reason in reasons:
         counts[reason] = counts.get(reason, 0) + 1

@@ -16,7 +16,15 @@ from vardrop.surgery.units import Classes, Value, unknown
 
 Outcome = Value | list[Value | None] | None
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -40,7 +48,7 @@ class Layer:
         weight, bias: names of the parameters; no bias where there is none.
         inputs, outputs: class of each input and output unit.
         const: value of each input unit where known, else NaN.
-        reads: whether output o of group g has a weight on input i of that group; shape ``(groups, outs, ins)``.
+        reads: which outputs of a group have a weight on which of its inputs; shape ``(groups, outs, ins)``.
         folds: which constant inputs move exactly into the bias.
         obstacle: why the other constants do not.
         makes: value of each output unit where known, else NaN.
@@ -66,7 +74,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Follower:
-    """Tensors that are applied unit by unit, and are cut with the units: batch-norm, PReLU, a gain per channel."""
+    """Tensors applied unit by unit that are cut with the units: batch norm, PReLU, a gain per channel."""
 
     name: str
     tensors: Mapping[str, int]
@@ -78,8 +86,8 @@ class Follower:
 class Balance:
     """Blocks that must keep equally many units: the groups of a convolution, the parts of a chunk.
 
-    Each block is a tuple of rows of units; row r keeps one count over all blocks. A block of a grouped convolution may
-    go as a whole.
+    Each block is a tuple of rows of units; row r keeps one count over all blocks. A block of a grouped
+    convolution may go as a whole.
     """
 
     name: str
@@ -111,8 +119,7 @@ class Reading:
     keep_fixed_sizes: bool = False
     classes: Classes = field(default_factory=Classes)
     env: dict[Node, Outcome] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
-    followers: list[Follower] = field(default_factory=list)
+    parts: list[Layer | Follower] = field(default_factory=list)
     balances: list[Balance] = field(default_factory=list)
     fixed_sizes: list[FixedSize] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -123,6 +130,7 @@ class Reading:
             **dict(self.model.named_parameters(remove_duplicate=False)),
             **dict(self.model.named_buffers(remove_duplicate=False)),
         }
+        self._modules: dict[str, nn.Module] = dict(self.model.named_modules(remove_duplicate=False))
 
     def value(self, node: Any) -> Value | None:
         """What is known of the tensor that `node` makes; None where it carries no units."""
@@ -166,34 +174,36 @@ class Reading:
         name = self.state_name(node)
         if name is None:
             return "its weight is computed, not a parameter"
-        tied = [other for other, tensor in self._state.items() if tensor is self._state[name]]
-        if len(tied) > 1:
-            return f"{' and '.join(tied)} are one parameter"
+        same = [other for other, tensor in self._state.items() if tensor is self._state[name]]
+        if len({(self.owner(other), other.rpartition(".")[2]) for other in same}) > 1:
+            return f"{' and '.join(same)} are one parameter"
         if len(node.users) > 1:
             return f"{name} is used {len(node.users)} times"
         owner = self.owner(name)
         known = all(
-            base in _RESIZABLE_BASES for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.")
+            base in _RESIZABLE_BASES
+            for base in type(owner).__mro__
+            if base.__module__.startswith("torch.nn.")
         )
         return None if known else f"{name} belongs to a {type(owner).__name__}"
 
     def owner(self, name: str) -> nn.Module:
         """The module that holds the parameter or buffer called `name`."""
-        return self.model.get_submodule(name.rpartition(".")[0])
+        return self._modules[name.rpartition(".")[0]]
 
     def caller(self, node: Node) -> str:
         """The name of the innermost module whose forward runs `node`."""
         stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
         return next((path.split("@")[0] for path, _ in reversed(stack.values())), "")
 
-    def is_plain_call(self, node: Node, name: str, kinds: tuple[type[nn.Module], ...]) -> bool:
-        """Whether `node` is the forward of the torch.nn module itself that owns the parameter called `name`."""
-        path = name.rpartition(".")[0]
-        return self.caller(node) == path and type(self.model.get_submodule(path)) in kinds
+    def is_plain_call(self, node: Node, name: str) -> bool:
+        """Whether `node` is the forward of the torch.nn layer that owns the parameter called `name`."""
+        owner = self.owner(name)
+        return self._modules.get(self.caller(node)) is owner and type(owner) in LAYERS
 
 
 def operation(node: Node) -> str:
-    """The plain name of a node's operation: ``aten.relu_.default`` is ``relu``; others keep their full name."""
+    """The plain name of an operation: ``aten.relu_.default`` is ``relu``; others keep their full name."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return str(getattr(node.target, "__name__", node.target))

@@ -1,4 +1,4 @@
-"""What is known of one tensor inside a network: which dimension carries units, and which units are constants."""
+"""What is known of one tensor in a network: which dimension carries units, and which units are constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Value:
 
     Attributes:
         dim: the dimension that carries units.
-        ids: the class of each entry along `dim`, shape ``(size of dim,)``; entries of one class stay or go together.
+        ids: the class of each entry along `dim`, shape ``(size of dim,)``; entries of one class stay or go
+            together.
         const: the value of each entry where it is the same for every input and position, else NaN; float64.
     """
 
