@@ -1,4 +1,4 @@
-"""Divergences, means, quantiles and moments of the family: tensors in, tensors out, nats, float32 or better."""
+"""Divergences, means, quantiles and moments of the family: tensors in, tensors out, float32 or better."""
 
 from vardrop.functional.gaussian import ard_kl as ard_kl
 from vardrop.functional.gaussian import ard_kl_from_log_alpha as ard_kl_from_log_alpha

@@ -13,3 +13,8 @@ def precise(*tensors: Tensor) -> tuple[Tensor, ...]:
         if tensor.is_floating_point():
             dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """:func:`precise`, broadcast to one shape."""
+    return tuple(torch.broadcast_tensors(*precise(*tensors)))

@@ -1,81 +1,79 @@
-"""The exact log-uniform and the ARD divergence as one fused function of ``t = mean / std``.
+"""The exact log-uniform and the ARD divergence as one fused function of ``mean^2 / std^2``.
 
-With ``y = 1 / (1 + t^2)`` the exact KL is ``log(1 + t^2) / 2 + (1 - y) value(y)``, and its derivative by the mean is
-that of ARD times ``slope(y)``; both factors are smooth on [0, 1], so one rational fit each serves every alpha, with no
-branch. They were fitted to 25 digits of ``2 * integral of Dawson's function``; the tests compare with quadrature.
+With ``w = mean^2 / (mean^2 + 20 std^2)`` the exact KL is ``log(1 + mean^2 / (20 std^2)) / 2 + w g(w)``, where
+`g` is smooth on [0, 1]: one polynomial serves every alpha, without a branch. It was fitted in ``x = 2 w - 1``
+to the integral of Dawson's function and to its derivative together; relative errors: 8e-9 of the value, 4e-8
+of the slope. The tests compare both with quadrature.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+SCALE = 20.0
+EXCESS = (
+    3.5182831306775766,
+    -2.396779884119443,
+    1.7424999197424955,
+    -1.2015760892841887,
+    0.67854292665178439,
+    -0.18799378569179431,
+    -0.13856480726063947,
+    0.16554881616704498,
+    0.015196344275485092,
+    -0.10383544490583782,
+    0.00076503041854621969,
+    0.067060148102615902,
+    0.00050030400327282269,
+    -0.037625388993988082,
+    -0.00099781004331798376,
+    0.01427654214327086,
+    0.00029870118370111244,
+    -0.0025511008798275725,
+)
+"""Coefficients of ``g`` by powers of ``x``."""
+
+
+def _slope_of(excess: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients of ``1 + 2 (1 - w) d(w g) / dw = 1 + (1 - x) d((1 + x) g) / dx``."""
+    total = [1.0] + [0.0] * len(excess)
+    for power, coefficient in enumerate(excess):
+        for raised, factor in ((power, power + 1), (power - 1, power)):
+            total[max(raised, 0)] += factor * coefficient
+            total[raised + 1] -= factor * coefficient
+    return tuple(total)
+
+
+SLOPE = _slope_of(EXCESS)
+"""Coefficients of the slope over that of ``log(1 + mean^2 / (20 std^2)) / 2``, by powers of ``x``."""
 LARGEST_RATIO = 1e18
-VALUE_NUMERATOR = (
-    0.6351814332117858,
-    16.850123864932275,
-    106.32853521821436,
-    5778.951037875148,
-    36282.179367656,
-    443186.9382498261,
-    2733969.29661124,
-    -2921573.095360912,
-    -297768.78282261116,
-)
-VALUE_DENOMINATOR = (
-    1.0,
-    27.102494563222404,
-    185.8489479424521,
-    9304.82569841104,
-    62417.55674398387,
-    807983.3211721331,
-    3981228.2571029076,
-    13745624.2888546,
-    5697159.269920322,
-)
-SLOPE_NUMERATOR = (
-    0.999999920077754,
-    -6.6639635949413005,
-    380.21644275416304,
-    2428.2242840446293,
-    57528.31633711918,
-    746894.9887629517,
-    2302126.46102424,
-    83982707.87742598,
-    15510.193283455605,
-)
-SLOPE_DENOMINATOR = (
-    1.0,
-    -8.664150260169523,
-    391.64795350044193,
-    1647.271751993255,
-    54137.69358278711,
-    498655.4574836536,
-    4301166.300919709,
-    22675386.159147676,
-    59576184.469372645,
-)
+"""Bound of ``|mean| / std`` in the value, of std in the slope: the squares still fit into float32."""
 
 
 class RatioKL(torch.autograd.Function):
-    """Elementwise KL in nats of `mean` and `log_std`, alike in shape and dtype; ``exact`` adds what ARD leaves out.
+    """Elementwise KL of `mean` and `log_std`, alike in shape and dtype; ``exact`` adds what ARD leaves out.
 
-    Only the inputs are kept for the backward pass, and every pass but the first works in place.
+    Only the inputs are kept for the backward pass. The value stays where it is beyond ``|mean| / std =
+    1e18``; the gradient is right there too.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(mean: Tensor, log_std: Tensor, exact: bool) -> Tensor:
-        squared = _ratio(mean, torch.exp(-log_std)).square_()
+        inverse_std = (-log_std).exp_().clamp_max_(LARGEST_RATIO**2)
+        ratio = (mean * inverse_std).clamp_min_(-LARGEST_RATIO).clamp_max_(LARGEST_RATIO)
+        squared = ratio.mul_(ratio)
         if not exact:
             return squared.log1p_().mul_(0.5)
-        y = (squared + 1.0).reciprocal_()
-        value = _polynomial(VALUE_NUMERATOR, y).div_(_polynomial(VALUE_DENOMINATOR, y)).mul_(1.0 - y)
-        return value.add_(squared.log1p_(), alpha=0.5)
+        bound = squared + SCALE
+        value = _polynomial(EXCESS, (squared - SCALE).div_(bound)).mul_(squared).div_(bound)
+        return value.add_(squared.div_(SCALE).log1p_(), alpha=0.5)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
@@ -83,26 +81,21 @@ class RatioKL(torch.autograd.Function):
         ctx.exact = inputs[2]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         mean, log_std = ctx.saved_tensors
-        inverse_std = torch.exp(-log_std)
-        t = _ratio(mean, inverse_std)
-        y = t.square().add_(1.0).reciprocal_()
-        by_t = t * y
+        scale = SCALE if ctx.exact else 1.0
+        squared = mean * mean
+        noise = torch.exp(2.0 * log_std + math.log(scale)).clamp(LARGEST_RATIO**-2, LARGEST_RATIO**2)
+        total = squared + noise
+        by_mean = gradient * mean / total
         if ctx.exact:
-            by_t.mul_(_polynomial(SLOPE_NUMERATOR, y)).div_(_polynomial(SLOPE_DENOMINATOR, y))
-        by_t.mul_(gradient)
-        return by_t * inverse_std, t.mul_(by_t).neg_(), None
+            by_mean = by_mean * _polynomial(SLOPE, (squared - noise) / total)
+        return by_mean, -by_mean * mean, None
 
 
-def _ratio(mean: Tensor, inverse_std: Tensor) -> Tensor:
-    """``mean / std``, held where its square still fits into float32."""
-    return (mean * inverse_std).clamp_(-LARGEST_RATIO, LARGEST_RATIO)
-
-
-def _polynomial(coefficients: tuple[float, ...], y: Tensor) -> Tensor:
-    total = coefficients[-1] * y
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """Horner's scheme, in place unless a second derivative is asked for."""
+    total = x * coefficients[-1]
     for coefficient in coefficients[-2:0:-1]:
-        total.add_(coefficient).mul_(y)
-    return total.add_(coefficients[0])
+        total = (total + coefficient) * x if x.requires_grad else total.add_(coefficient).mul_(x)
+    return total + coefficients[0]

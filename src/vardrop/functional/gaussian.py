@@ -1,29 +1,30 @@
-"""Divergences of a Gaussian weight posterior ``N(mean, std^2)`` to the priors of the family, in nats, elementwise.
+"""Divergences of a Gaussian weight posterior ``N(mean, std^2)`` to the family's priors, elementwise, nats.
 
-Everything is a function of ``t = mean / std`` and never of ``log(mean^2)``, so values and gradients are finite at
-``mean = 0``, for ``std -> 0`` and for ``alpha = 1 / t^2 -> inf``.
+Everything is a function of ``t = mean / std`` and never of ``log(mean^2)``, so values and gradients are
+finite at ``mean = 0``, for ``std -> 0`` and for ``alpha = 1 / t^2 -> inf``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vardrop.errors import InvalidValueError
-from vardrop.functional._dtype import precise
-from vardrop.functional._ratio import RatioKL
+from vardrop.functional._dtype import aligned, precise
+from vardrop.functional._ratio import LARGEST_RATIO, RatioKL
 
 EULER = 0.5772156649015329
 SIGMOID_FIT = (0.63576, 1.87320, 1.48695)
 CUBIC_FIT = (1.161451241083230, -1.502041176441722, 0.586299206427007)
 SMALLEST_SQUARED_RATIO = 1e-30
+SMALLEST_LOG_STD = -80.0
 
 
 def log_alpha(mean: Tensor, log_std: Tensor) -> Tensor:
-    """``log alpha = 2 log std - 2 log |mean|``, the log of the dropout rate; for reports and rules, not for losses.
+    """``log alpha = 2 log std - 2 log |mean|``, the log dropout rate; for reports and rules, not for losses.
 
     Finite also at ``mean = 0``, where it is that of the smallest normal number.
 
@@ -37,14 +38,13 @@ def log_alpha(mean: Tensor, log_std: Tensor) -> Tensor:
     return 2.0 * (log_std - mean.abs().clamp_min(torch.finfo(mean.dtype).tiny).log())
 
 
-def log_uniform_kl(
-    mean: Tensor, log_std: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact"
-) -> Tensor:
+def log_uniform_kl(mean: Tensor, log_std: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact") -> Tensor:
     """KL to the log-uniform prior ``p(|w|) ~ 1 / |w|``, normalised to vanish as ``alpha -> inf``.
 
-    ``"exact"`` is ``2 * integral of Dawson's function from 0 to |mean| / (std sqrt 2)``, to 4e-8 nats (gradient: to
-    1.2e-7 of itself). ``"sigmoid"`` is the fit of arXiv:1701.05369, equation 14 (error up to 0.0094), ``"cubic"`` that
-    of arXiv:1506.02557, appendix C, for ``alpha <= 1`` only (error up to 0.041); beyond, it stays at its value for 1.
+    ``"exact"`` is ``2 * integral of Dawson's function from 0 to |mean| / (std sqrt 2)``, to 8e-9 of itself
+    (gradient: 4e-8). ``"sigmoid"`` is the fit of arXiv:1701.05369, equation 14 (error up to 0.0094),
+    ``"cubic"`` that of arXiv:1506.02557, appendix C, for ``alpha <= 1`` only (error up to 0.041); beyond, it
+    stays at its value for 1.
 
     Args:
         mean: posterior means, any shape.
@@ -60,10 +60,10 @@ def log_uniform_kl(
     >>> F.log_uniform_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
     tensor([0.0000, 0.4267])
     """
-    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    mean, log_std = aligned(mean, log_std)
     if form == "exact":
         return _ratio_kl(mean, log_std, exact=True)
-    r = (mean * torch.exp(-log_std)).square()
+    r = (mean * torch.exp(-log_std.clamp_min(SMALLEST_LOG_STD))).clamp(-LARGEST_RATIO, LARGEST_RATIO).square()
     if form == "sigmoid":
         k1, k2, k3 = SIGMOID_FIT
         bump = k1 * torch.sigmoid(k3 * torch.log(r.clamp_min(SMALLEST_SQUARED_RATIO)) - k2)
@@ -73,9 +73,7 @@ def log_uniform_kl(
     raise InvalidValueError(f"form={form!r}: must be 'exact', 'sigmoid' or 'cubic'")
 
 
-def log_uniform_kl_from_log_alpha(
-    log_alpha: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact"
-) -> Tensor:
+def log_uniform_kl_from_log_alpha(log_alpha: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact") -> Tensor:
     """:func:`log_uniform_kl` of the rate ``alpha`` itself, for methods that share one among many weights.
 
     Source: arXiv:1506.02557, section 3.3.
@@ -96,7 +94,7 @@ def ard_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     >>> F.ard_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
     tensor([0.0000, 0.3466])
     """
-    return _ratio_kl(*torch.broadcast_tensors(*precise(mean, log_std)), exact=False)
+    return _ratio_kl(*aligned(mean, log_std), exact=False)
 
 
 def ard_kl_from_log_alpha(log_alpha: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ def ard_kl_from_log_alpha(log_alpha: Tensor) -> Tensor:
 
 
 def vbd_kl(mean: Tensor, log_std: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
-    """KL to a zero-mean Gaussian prior with the best variance in ``[low, high]``, nats; without bounds, ``ard_kl``.
+    """KL to a zero-mean Gaussian prior with the best variance in ``[low, high]``, nats; ``ard_kl`` if free.
 
     Raises:
         InvalidValueError: unless ``0 <= low < high``.
@@ -129,22 +127,23 @@ def vbd_kl(mean: Tensor, log_std: Tensor, low: float = 0.0, high: float = math.i
     free = ard_kl(mean, log_std)
     if low == 0.0 and high == math.inf:
         return free
-    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    mean, log_std = aligned(mean, log_std)
     second_moment = mean.square() + torch.exp(2.0 * log_std)
-    inside = (second_moment >= low) & (second_moment <= high)
-    bound = torch.where(inside, 1.0, second_moment.detach().clamp(low, high))
-    held = 0.5 * torch.log(bound) - log_std + 0.5 * (second_moment / bound - 1.0)
-    return torch.where(inside, free, held)
+    bounds = torch.finfo(mean.dtype)
+    best = second_moment.detach().clamp(max(low, bounds.tiny), min(high, bounds.max))
+    held = 0.5 * torch.log(best) - log_std + 0.5 * (second_moment / best - 1.0)
+    return torch.where((second_moment < low) | (second_moment > high), held, free)
 
 
 def gamma_ard_kl(mean: Tensor, log_std: Tensor, a: float, b: float) -> Tensor:
     """Minus the regulariser of ARD with a Gamma(a, b) hyper-prior on the precision, constant included, nats.
 
-    ``-log std + (a - 1/2) log(std^2 + mean^2 + 2 b) - C``. For ``a < 1`` it falls without bound as std grows. With
-    ``b = 0`` the constant is infinite and its ``a log b`` is left out.
+    ``-log std + (a - 1/2) log(std^2 + mean^2 + 2 b) - C``. For ``a < 1`` it falls without bound as std grows.
+    With ``b = 0`` the constant is infinite and its ``a log b`` is left out; then ``a > 1`` falls without
+    bound at ``mean = 0`` as std shrinks, and is refused.
 
     Raises:
-        InvalidValueError: unless ``a > 1/2`` and ``b >= 0``.
+        InvalidValueError: unless ``a > 1/2``, ``b >= 0``, and ``b > 0`` where ``a > 1``.
 
     Source: arXiv:1811.00596, section 4 and appendix B.
 
@@ -154,13 +153,15 @@ def gamma_ard_kl(mean: Tensor, log_std: Tensor, a: float, b: float) -> Tensor:
     """
     if not a > 0.5:
         raise InvalidValueError(f"a={a}: the Gamma prior needs a > 1/2, below it no precision is best")
-    if not b >= 0.0:
-        raise InvalidValueError(f"b={b}: the Gamma prior needs b >= 0")
-    mean, log_std = torch.broadcast_tensors(*precise(mean, log_std))
+    if not b >= 0.0 or (a > 1.0 and b == 0.0):
+        raise InvalidValueError(f"b={b}: the Gamma prior needs b >= 0, and b > 0 where a > 1 (a={a})")
+    mean, log_std = aligned(mean, log_std)
     constant = 1.0 - a - math.lgamma(a) + 0.5 * (2.0 * a - 1.0) * math.log(2.0 * a - 1.0)
-    constant += a * math.log(b) if b > 0.0 else 0.0
-    total = torch.exp(2.0 * log_std) + mean.square() + 2.0 * b
-    return (a - 0.5) * torch.log(total.clamp_min(torch.finfo(mean.dtype).tiny)) - log_std - constant
+    if b == 0.0:
+        return (2.0 * a - 1.0) * ard_kl(mean, log_std) + 2.0 * (a - 1.0) * log_std - constant
+    constant += a * math.log(b)
+    rest = (mean.square() + 2.0 * b).clamp_min(torch.finfo(mean.dtype).tiny)
+    return (a - 0.5) * torch.logaddexp(2.0 * log_std, torch.log(rest)) - log_std - constant
 
 
 def normal_kl(mean: Tensor, log_std: Tensor, prior_variance: float | Tensor) -> Tensor:
@@ -184,8 +185,8 @@ def normal_kl(mean: Tensor, log_std: Tensor, prior_variance: float | Tensor) -> 
 
 
 def _ratio_kl(mean: Tensor, log_std: Tensor, *, exact: bool) -> Tensor:
-    result: Any = RatioKL.apply(mean, log_std, exact)
-    return result  # type: ignore[no-any-return]
+    result: Tensor = RatioKL.apply(mean, log_std, exact)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _cubic(r: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def kumaraswamy_beta_kl(a: Tensor, b: Tensor, alpha_over_k: float) -> Tensor:
     if not alpha_over_k > 0.0:
         raise InvalidValueError(f"alpha_over_k={alpha_over_k}: must be above 0")
     a, b = precise(a, b)
-    pull = -EULER - torch.special.digamma(b + 1.0)
+    pull: Tensor = -EULER - torch.special.digamma(b + 1.0)
     return (1.0 - alpha_over_k / a) * pull + torch.log(a) + torch.log(b) - math.log(alpha_over_k) - 1.0 + 1.0 / b
 
 
@@ -63,7 +63,7 @@ def kumaraswamy_log_icdf(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
     tensor([-693.1472])
     """
     u, a, b = precise(u, a, b)
-    return torch.log(-torch.expm1(torch.log(u.clamp(CLIP, 1.0 - CLIP)) / b)) / a
+    return _log1mexp(torch.log(u.clamp(CLIP, 1.0 - CLIP)) / b) / a
 
 
 def kumaraswamy_icdf(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -88,5 +88,11 @@ def kumaraswamy_logit_icdf(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
     tensor([0.])
     """
     log_pi = kumaraswamy_log_icdf(u, a, b)
-    smallest = torch.finfo(log_pi.dtype).tiny
-    return log_pi - torch.log((-torch.expm1(log_pi)).clamp_min(smallest))
+    return log_pi - _log1mexp(log_pi.clamp_max(-torch.finfo(log_pi.dtype).tiny))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for ``x < 0``, exact at both ends."""
+    near = x > -math.log(2.0)
+    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    return torch.where(near, by_expm1, torch.log1p(-torch.exp(torch.where(near, -1.0, x))))

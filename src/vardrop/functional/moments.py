@@ -43,7 +43,7 @@ def conv2d_moments(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Moments at each position of a 2-d convolution with Gaussian weights; covariances between positions are left out.
+    """Moments at each position of a 2-d convolution with Gaussian weights, without covariances of positions.
 
     Args:
         x: ``(N, in, height, width)``.

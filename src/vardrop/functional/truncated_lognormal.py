@@ -1,9 +1,10 @@
-"""The truncated log-normal noise of structured Bayesian pruning.
+"""The truncated log-normal noise of structured Bayesian pruning, formed in float64: one number for each unit.
 
-``log theta ~ N(mu, exp(2 log_sigma))`` cut to ``[low, high]``. As printed the formulas divide by ``Z``, the mass inside
-the interval, which underflows a few sigma outside it. Here the interval's nearer end is mirrored to the top, and three
-branches share the work: ``mu`` inside, up to three sigma beyond the top, and further out, where ``log theta`` falls off
-exponentially from the top. Inputs of the branches not taken are replaced by harmless ones.
+``log theta ~ N(mu, exp(2 log_sigma))`` cut to ``[low, high]``. As printed the formulas divide by ``Z``, the
+mass inside the interval, which underflows a few sigma outside it. Here every mass is taken relative to the
+density at the point of the interval nearest to the peak, where nothing under- or overflows, through the Mills
+ratio ``m(x)``: the upper tail of the normal over its density, so that ``1 / m(x) = x + excess(x)``. Inputs of
+the branch not taken are replaced by harmless ones.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from vardrop.errors import InvalidValueError
-from vardrop.functional._dtype import precise
+from vardrop.functional._dtype import aligned, precise
 
-LOG_SQRT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 LOG_SQRT_HALF_PI = 0.5 * math.log(0.5 * math.pi)
-FAR = 3.0
-LEVELS = 30
+SQRT_HALF = math.sqrt(0.5)
+FAR = 10.0
+LEVELS = 40
+TAIL = 4.0
+NEWTON_STEPS = 6
 CLIP = 1e-6
 LARGEST_SNR = 1e6
 
@@ -43,8 +46,10 @@ def truncated_lognormal_kl(mu: Tensor, log_sigma: Tensor, low: float = -20.0, hi
     >>> F.truncated_lognormal_kl(torch.tensor([0.0]), torch.tensor([-5.0]))
     tensor([7.2699])
     """
+    dtype = precise(mu, log_sigma)[0].dtype
     cut = _cut(mu, log_sigma, low, high)
-    return torch.where(cut.inside, _kl_inside(cut), torch.where(cut.far, _kl_far(cut), _kl_near(cut)))
+    kl = torch.where(cut.outside, _kl_outside(cut), _kl_inside(cut))
+    return (torch.log(cut.width) - 0.5 + kl).to(dtype)
 
 
 def truncated_lognormal_mean(mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0) -> Tensor:
@@ -75,9 +80,7 @@ def truncated_lognormal_snr(mu: Tensor, log_sigma: Tensor, low: float = -20.0, h
     return excess.rsqrt().to(dtype)
 
 
-def truncated_lognormal_icdf(
-    u: Tensor, mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0
-) -> Tensor:
+def truncated_lognormal_icdf(u: Tensor, mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0) -> Tensor:
     """``theta`` at the quantile `u`: the sampler, for uniform `u`, held in [1e-6, 1 - 1e-6].
 
     Source: arXiv:1705.07283, equation 19.
@@ -86,145 +89,126 @@ def truncated_lognormal_icdf(
     >>> F.truncated_lognormal_icdf(torch.tensor([0.5]), torch.tensor([-1.0]), torch.tensor([-5.0]))
     tensor([0.3679])
     """
-    cut = _cut(mu, log_sigma, low, high)
-    (u,) = precise(u)
-    u = u.to(cut.sigma.dtype).clamp(CLIP, 1.0 - CLIP)
-    u = torch.where(cut.mirrored, 1.0 - u, u)
-    top = -cut.x
-    near_top = top.clamp_min(-4.0)
-    lower, upper = torch.special.ndtr(near_top - cut.width), torch.special.ndtr(near_top)
-    middle = torch.special.ndtri((lower + u * (upper - lower)).clamp(1e-30, 1.0 - 6e-8))
-    far_top = top.clamp_max(-4.0)
-    tail = _tail_quantile(u, far_top)
-    below_top = torch.where(top < -4.0, tail, middle - near_top) * cut.sigma
-    below_top = below_top.clamp_max(0.0)
-    below_top = torch.maximum(below_top, torch.full_like(below_top, low - high))
-    return torch.exp(torch.where(cut.mirrored, low - below_top, high + below_top))
+    dtype = precise(u, mu, log_sigma)[0].dtype
+    mirrored = mu < 0.5 * (low + high)
+    cut = _cut(torch.where(mirrored, low + high - mu, mu), log_sigma, low, high)
+    u = u.double().clamp(CLIP, 1.0 - CLIP)
+    u = torch.where(mirrored, 1.0 - u, u)
+    in_tail = cut.top < -TAIL
+    below_top = torch.where(in_tail, _tail_quantile(u, cut, in_tail), _central_quantile(u, cut, in_tail))
+    below_top = torch.exp(log_sigma.double()) * torch.minimum(below_top.clamp_min(0.0), cut.width)
+    return torch.exp(torch.where(mirrored, low + below_top, high - below_top)).to(dtype)
 
 
 class _Cut(NamedTuple):
-    """The truncated normal, mirrored so that `mu` is not below the interval's middle; `x = (mu - top) / sigma`."""
+    """The interval ``[bottom, top]`` in units of the normal; ``x`` is how far outside it the peak lies."""
 
-    mirrored: Tensor
-    sigma: Tensor
-    log_sigma: Tensor
-    x: Tensor
+    bottom: Tensor
+    top: Tensor
     width: Tensor
-    log_length: float
 
     @property
-    def inside(self) -> Tensor:
-        return self.x < 0.0
+    def outside(self) -> Tensor:
+        return (self.bottom > 0.0) | (self.top < 0.0)
 
     @property
-    def far(self) -> Tensor:
-        return self.x >= FAR
+    def x(self) -> Tensor:
+        return torch.where(self.outside, torch.maximum(self.bottom, -self.top), 1.0)
 
 
 def _cut(mu: Tensor, log_sigma: Tensor, low: float, high: float) -> _Cut:
     if not low < high:
         raise InvalidValueError(f"low={low}, high={high}: must satisfy low < high")
-    mu, log_sigma = torch.broadcast_tensors(*precise(mu, log_sigma))
-    mirrored = mu < 0.5 * (low + high)
-    over = torch.where(mirrored, low - mu, mu - high)
-    sigma = torch.exp(log_sigma)
-    return _Cut(mirrored, sigma, log_sigma, over / sigma, (high - low) / sigma, math.log(high - low))
+    mu, log_sigma = aligned(mu.double(), log_sigma.double())
+    inverse = torch.exp(-log_sigma)
+    return _Cut((low - mu) * inverse, (high - mu) * inverse, (high - low) * inverse)
 
 
 def _log_mills(x: Tensor) -> Tensor:
-    """``log(sqrt(pi / 2) erfcx(x / sqrt 2))``: the log of the upper tail over the density, for ``x >= 0``."""
-    return LOG_SQRT_HALF_PI + torch.log(torch.special.erfcx(x * math.sqrt(0.5)))
+    """Log of the Mills ratio, ``x >= 0``."""
+    return LOG_SQRT_HALF_PI + torch.log(torch.special.erfcx(x * SQRT_HALF))
+
+
+def _excess(x: Tensor) -> Tensor:
+    """``1 / m(x) - x``; far out by its continued fraction, free of the cancellation."""
+    near = torch.exp(-_log_mills(x.clamp_max(FAR))) - x.clamp_max(FAR)
+    far = x.clamp_min(FAR)
+    value = far
+    for level in range(LEVELS, 1, -1):
+        value = far + level / value
+    return torch.where(x < FAR, near, 1.0 / value)
+
+
+def _log_share_beyond(cut: _Cut) -> Tensor:
+    """Log of the tail beyond the farther end over the tail beyond the nearer end, for a peak outside."""
+    share = _log_mills(cut.x + cut.width) - _log_mills(cut.x) - 0.5 * cut.width * (2.0 * cut.x + cut.width)
+    return share.clamp_max(-1e-30)
+
+
+def _central_mass(cut: _Cut) -> Tensor:
+    """Normal mass over the density at the peak, for a peak inside."""
+    top, bottom = torch.where(cut.outside, 1.0, cut.top), torch.where(cut.outside, -1.0, cut.bottom)
+    return math.sqrt(0.5 * math.pi) * (torch.erf(top * SQRT_HALF) - torch.erf(bottom * SQRT_HALF))
+
+
+def _log_mass(cut: _Cut) -> Tensor:
+    """Log of the normal mass of the interval over the density at its point nearest to the peak."""
+    outside = _log_mills(cut.x) + torch.log(-torch.expm1(_log_share_beyond(cut)))
+    return torch.where(cut.outside, outside, torch.log(_central_mass(cut)))
 
 
 def _kl_inside(cut: _Cut) -> Tensor:
-    """`mu` inside the interval: ``log Z`` from two log cdfs."""
-    x = torch.where(cut.inside, cut.x, -1.0)
-    top, bottom = -x, -x - cut.width
-    log_z = _log_mass(top, bottom)
-    top_term = top * torch.exp(-0.5 * top.square() - LOG_SQRT_TWO_PI - log_z)
-    bottom_term = bottom * torch.exp(-0.5 * bottom.square() - LOG_SQRT_TWO_PI - log_z)
-    entropy_part = cut.log_length - cut.log_sigma - LOG_SQRT_TWO_PI - 0.5
-    return entropy_part - log_z - 0.5 * (bottom_term - top_term)
+    """KL but for ``log width - 1/2``, the peak inside."""
+    top, bottom = torch.where(cut.outside, 1.0, cut.top), torch.where(cut.outside, -1.0, cut.bottom)
+    mass = _central_mass(cut)
+    ends = top * torch.exp(-0.5 * top.square()) - bottom * torch.exp(-0.5 * bottom.square())
+    return 0.5 * ends / mass - torch.log(mass)
 
 
-def _log_mass(top: Tensor, bottom: Tensor) -> Tensor:
-    """Log of the normal mass of ``[bottom, top]`` for ``top > 0``; below -30 there is none."""
-    above, below = torch.special.log_ndtr(top), torch.special.log_ndtr(bottom.clamp_min(-30.0))
-    return above + torch.log(-torch.expm1(below - above))
-
-
-def _kl_near(cut: _Cut) -> Tensor:
-    """`mu` up to three sigma beyond the top: everything relative to the density at the top."""
-    chosen = ~cut.inside & ~cut.far
-    x = torch.where(chosen, cut.x, 1.0)
-    width = torch.where(chosen, cut.width, 1.0)
-    log_width = torch.where(chosen, cut.log_length - cut.log_sigma, 0.0)
-    bottom = x + width
-    fall = torch.exp(-0.5 * width * (x + bottom))
-    r = torch.exp(_log_mills(x)) - fall * torch.exp(_log_mills(bottom))
-    return log_width - 0.5 - torch.log(r) - 0.5 * x * (1.0 / r - x) + 0.5 * bottom * fall / r
-
-
-def _kl_far(cut: _Cut) -> Tensor:
-    """`mu` further beyond the top: an exponential fall, by the continued fraction of the Mills ratio."""
-    x = torch.where(cut.far, cut.x, FAR)
-    delta = _mills_excess(x)
-    return (cut.log_length - cut.log_sigma) - 0.5 + torch.log(x + delta) - 0.5 * x * delta
-
-
-def _mills_excess(x: Tensor) -> Tensor:
-    """``1 / m(x) - x`` of the Mills ratio ``m``, without the cancellation."""
-    value = x
-    for level in range(LEVELS, 1, -1):
-        value = x + level / value
-    return 1.0 / value
+def _kl_outside(cut: _Cut) -> Tensor:
+    """KL but for ``log width - 1/2``, the peak outside; every large term has been cancelled by hand."""
+    x, far = cut.x, cut.x + cut.width
+    excess, log_share = _excess(x), _log_share_beyond(cut)
+    share, kept = torch.exp(log_share), -torch.expm1(log_share)
+    by_ends = share * (cut.width * (x + far) + far * _excess(far)) - x * excess
+    return torch.log((x + excess) / kept) + 0.5 * by_ends / kept
 
 
 def _log_moment(mu: Tensor, log_sigma: Tensor, low: float, high: float, order: int) -> Tensor:
-    """``log E theta^order``, in float64: its normal is that of the posterior, moved up by ``order sigma^2``.
+    """``log E theta^order``, from the posterior's normal and the same moved up by ``order sigma^2``."""
+    cut = _cut(mu, log_sigma, low, high)
+    mu, log_sigma = aligned(mu.double(), log_sigma.double())
+    shift = order * torch.exp(log_sigma)
+    moved = _Cut(cut.bottom - shift, cut.top - shift, cut.width)
+    zero = torch.zeros_like(shift)
+    start, end = (torch.clamp(x, low - mu, high - mu) for x in (zero, order * torch.exp(2.0 * log_sigma)))
+    densities = order * (mu + end) - 0.5 * (end - start) * (start + end) * torch.exp(-2.0 * log_sigma)
+    return densities + _log_mass(moved) - _log_mass(cut)
 
-    While the moved normal has its peak inside the interval the plain formula holds; elsewhere both masses are taken
-    relative to the density at the top, where ``order mu + (order sigma)^2 / 2`` cancels exactly.
+
+def _central_quantile(u: Tensor, cut: _Cut, in_tail: Tensor) -> Tensor:
+    """``top - z`` at the quantile, by the inverse of the normal cdf."""
+    top = torch.where(in_tail, 0.0, cut.top)
+    lower = torch.special.ndtr(torch.where(in_tail, -1.0, cut.bottom))
+    z: Tensor = torch.special.ndtri(lower + u * (torch.special.ndtr(top) - lower))
+    return top - z
+
+
+def _tail_quantile(u: Tensor, cut: _Cut, in_tail: Tensor) -> Tensor:
+    """``top - z`` at the quantile, for an interval down the lower tail, by Newton's method on the log cdf.
+
+    The last step alone is differentiated: it carries the exact gradient.
     """
-    mu, log_sigma = torch.broadcast_tensors(mu.double(), log_sigma.double())
-    sigma = torch.exp(log_sigma)
-    mirrored = mu < 0.5 * (low + high)
-    centre = torch.where(mirrored, low + high - mu, mu)
-    shift = torch.where(mirrored, -order * sigma, order * sigma)
-    top, bottom = (high - centre) / sigma, (low - centre) / sigma
-    plain = (top > 0.0) & (top - shift > 0.0) & (bottom - shift < 0.0)
-    moved_mass = _log_mass(torch.where(plain, top - shift, 1.0), torch.where(plain, bottom - shift, -1.0))
-    mass = _log_mass(torch.where(plain, top, 1.0), torch.where(plain, bottom, -1.0))
-    by_mass = order * mu + 0.5 * (order * sigma).square() + moved_mass - mass
-    relative = _log_relative_mass(top - shift, bottom - shift) - _log_relative_mass(top, bottom)
-    return torch.where(plain, by_mass, torch.where(mirrored, order * low, order * high) + relative)
+    x, width = torch.where(in_tail, -cut.top, TAIL), torch.where(in_tail, cut.width, 1.0)
+    log_share = _log_share_beyond(_Cut(-x - width, -x, width))
+    goal = torch.log(u + (1.0 - u) * torch.exp(log_share))
+    fixed_x, fixed_goal = x.detach(), goal.detach()
+    below = -2.0 * fixed_goal / (torch.sqrt(fixed_x.square() - 2.0 * fixed_goal) + fixed_x)
+    for _ in range(NEWTON_STEPS):
+        below = below + _tail_residual(below, fixed_x, fixed_goal) * torch.exp(_log_mills(fixed_x + below))
+    slope = torch.exp(_log_mills(fixed_x + below))
+    return below + _tail_residual(below, x, goal) * slope
 
 
-def _log_relative_mass(top: Tensor, bottom: Tensor) -> Tensor:
-    """Log of the normal mass of ``[bottom, top]`` over the density at `top`, wherever the interval lies."""
-    below, above = top < 0.0, bottom > 0.0
-    across = ~below & ~above
-    width = top - bottom
-    under = _log_tail_mass(torch.where(below, -top, 1.0), width)
-    over = _log_tail_mass(torch.where(above, bottom, 1.0), width) + 0.5 * width * torch.where(above, top + bottom, 0.0)
-    inside_top, inside_bottom = torch.where(across, top, 1.0), torch.where(across, bottom, -1.0)
-    inside = _log_mass(inside_top, inside_bottom) + 0.5 * inside_top.square() + LOG_SQRT_TWO_PI
-    return torch.where(below, under, torch.where(above, over, inside))
-
-
-def _log_tail_mass(x: Tensor, width: Tensor) -> Tensor:
-    """Log of the normal mass of ``[x, x + width]`` over the density at `x`, for ``x > 0``."""
-    near, far = _log_mills(x), _log_mills(x + width)
-    fall = far - near - 0.5 * width * (2.0 * x + width)
-    return near + torch.log(-torch.expm1(fall.clamp_max(-1e-30)))
-
-
-def _tail_quantile(u: Tensor, top: Tensor) -> Tensor:
-    """``z - top`` where ``log Phi(z) = log Phi(top) + log u``, for a `top` far down the tail, by Newton's method."""
-    log_u = torch.log(u)
-    goal = torch.special.log_ndtr(top) + log_u
-    z = -torch.sqrt(top.square() - 2.0 * log_u)
-    for _ in range(4):
-        slope = torch.exp(-_log_mills(-z))
-        z = z - (torch.special.log_ndtr(z) - goal) / slope
-    return z - top
+def _tail_residual(below: Tensor, x: Tensor, goal: Tensor) -> Tensor:
+    return _log_mills(x + below) - _log_mills(x) - below * (x + 0.5 * below) - goal
