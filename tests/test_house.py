@@ -32,7 +32,18 @@ FLOORS = [
     {"errors"},
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ("accelerate", "onnx", "onnxruntime", "matplotlib", "datasets", "sklearn", "typer", "rich", "PIL", "tensorboard")
+HEAVY = (
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "matplotlib",
+    "datasets",
+    "sklearn",
+    "typer",
+    "rich",
+    "PIL",
+    "tensorboard",
+)
 
 
 def room_of(path: Path) -> str:

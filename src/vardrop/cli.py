@@ -44,19 +44,25 @@ DataRoot = Annotated[
 def compress(
     net: NetArgument,
     out: Annotated[Path, typer.Option(help="Folder for everything this run writes; a broken-off run goes on")],
-    data: Annotated[str, typer.Option(help="digits, a Hub data set such as ylecun/mnist, or file.py:function")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, a Hub data set such as ylecun/mnist, or file.py:function")
+    ] = "digits",
     method: Annotated[str, typer.Option(help="A method by name (see `vardrop methods`)")] = "sparse-vd",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the method, such as threshold=2.5; may be repeated")
+        list[str] | None,
+        typer.Option("--set", help="A field of the method, such as threshold=2.5; may be repeated"),
     ] = None,
     data_root: DataRoot = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     decay_from: Annotated[
-        int | None, typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way")
+        int | None,
+        typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
     ] = None,
-    warmup_start: Annotated[int | None, typer.Option(help="Last epoch without KL; default: a fortieth of the run")] = None,
+    warmup_start: Annotated[
+        int | None, typer.Option(help="Last epoch without KL; default: a fortieth of the run")
+    ] = None,
     warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
@@ -177,7 +183,9 @@ def make_method(name: str, settings: Sequence[str]) -> Method:
     for setting in settings:
         key, sign, text = setting.partition("=")
         if not sign or key not in names:
-            raise InvalidValueError(f"--set {setting!r}: must be field=value with a field of {name}: {', '.join(names)}")
+            raise InvalidValueError(
+                f"--set {setting!r}: must be field=value with a field of {name}: {', '.join(names)}"
+            )
         values[key] = _parse(key, text, hints[key])
     return cls(**values)
 

@@ -115,6 +115,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
 def _finish(
     job: Job, folder: Path, net: nn.Module, data: Data, history: list[Epoch], original: dict[str, Any] | None
 ) -> dict[str, Any]:
+    net.eval()
     trained = _figures(net, data.test)
     counted = prune(net)
     pruned = {**_figures(net, data.test), **_counts(counted)}

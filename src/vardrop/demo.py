@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vardrop.compress import ORIGINAL, RUN, SMALL, Job, Listeners, compress
+from vardrop.compress import ORIGINAL, RUN, Job, Listeners, compress
 from vardrop.errors import MissingExtraError
 from vardrop.evaluate import load_small
 from vardrop.export import export_onnx
@@ -107,7 +107,13 @@ def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> Path:
     for offset, name, colour in ((0.2, "original", "#b8bcc6"), (-0.2, "small", "#2563a8")):
         shares = [rows[name][key] / rows["original"][key] for key in keys]
         places = [len(keys) - 1 - index + offset for index in range(len(keys))]
-        axes.barh(places, shares, height=0.36, color=colour, label=f"{name}: {100 * rows[name]['error']:.1f} % error")
+        axes.barh(
+            places,
+            shares,
+            height=0.36,
+            color=colour,
+            label=f"{name}: {100 * rows[name]['error']:.1f} % error",
+        )
         for place, key, share in zip(places, keys, shares, strict=True):
             axes.text(share + 0.01, place, _text(key, rows[name][key]), va="center", fontsize=8)
     axes.set_yticks(range(len(keys)), list(reversed(keys.values())))

@@ -53,9 +53,7 @@ class ELBO:
     nll: Tensor
     kl: Tensor
 
-    def __init__(
-        self, num_data: int, *, warmup: schedules.Schedule | None = None, kl_factor: float = 1.0
-    ) -> None:
+    def __init__(self, num_data: int, *, warmup: schedules.Schedule | None = None, kl_factor: float = 1.0) -> None:
         if not num_data > 0:
             raise InvalidValueError(f"num_data={num_data}: must be the number of training examples, above 0")
         if not 0.0 <= kl_factor < math.inf:
@@ -77,9 +75,7 @@ class ELBO:
     def __call__(self, model: nn.Module, nll: Tensor) -> Tensor:
         """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example."""
         if nll.dim() != 0:
-            raise InvalidValueError(
-                f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch"
-            )
+            raise InvalidValueError(f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch")
         total = kl(model)
         self.nll, self.kl = nll.detach(), total.detach()
         return nll + total * (self.beta / self.num_data)

@@ -67,6 +67,7 @@ def _write(model: nn.Module, inputs: tuple[Tensor, ...], path: Path, expected: T
     many = tuple(x if len(x) > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in inputs)
     with _quiet():
         program = torch.onnx.export(model, many, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        assert program is not None  # as it is whenever no path is given
         program.save(str(path), external_data=False)
     runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])  # type: ignore[attr-defined]
     feed = {slot.name: x.numpy() for slot, x in zip(runner.get_inputs(), inputs, strict=True)}

@@ -158,7 +158,9 @@ def _as_csr(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
 
 def _narrow(integers: Tensor) -> Tensor:
     largest = int(integers.max()) if integers.numel() else 0
-    kind = next(kind for kind in (torch.uint8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max)
+    kind = next(
+        kind for kind in (torch.uint8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max
+    )
     return integers.to(kind)
 
 
@@ -209,13 +211,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StorageError(f"{folder / TENSORS} is truncated or not a safetensors file ({error})") from error
     tensors = {}
     for name, shape in record["dense_shapes"].items():
-        try:
-            parts = [stored[f"{name}{CSR}{part}"] for part in ("starts", "columns", "values")]
-        except KeyError:
-            parts = []
-        if not parts and name not in stored:
+        starts, columns, values = (stored.get(f"{name}{CSR}{part}") for part in ("starts", "columns", "values"))
+        if starts is not None and columns is not None and values is not None:
+            tensors[name] = _from_csr(starts, columns, values, shape)
+        elif name in stored:
+            tensors[name] = stored[name]
+        else:
             raise StorageError(f"{folder / TENSORS} lacks the tensor {name!r}")
-        tensors[name] = _from_csr(*parts, shape) if parts else stored[name]
     return record, tensors
 
 
@@ -264,6 +266,9 @@ def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> Non
     stored = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("noise.mask")}
     differing = [name for name in sorted(built.keys() | stored.keys()) if built.get(name) != stored.get(name)]
     if differing:
-        lines = [f"  {name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}" for name in differing[:8]]
+        lines = [
+            f"  {name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"
+            for name in differing[:8]
+        ]
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise StorageError(f"{folder} holds a model of another architecture:\n" + "\n".join(lines) + more)

@@ -95,7 +95,7 @@ def latencies(
 
 @dataclass(frozen=True)
 class Row:
-    """One layer with weights. `kl` is in nats; it and `log_alpha`, the mean of log alpha, are ``None`` without noise."""
+    """One layer with weights; `kl`, in nats, and `log_alpha`, the mean of log alpha, are ``None`` without noise."""
 
     name: str
     kind: str
@@ -140,10 +140,17 @@ class Summary:
         ]
         widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
         lines = [
-            "  ".join(cell.ljust(width) if index < 3 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+            "  ".join(
+                cell.ljust(width) if index < 3 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
             for line in [head, *body]
         ]
-        facts = [f"compression {self.compression:.1f}x", f"{self.parameters:,} parameters", f"{self.tensor_bytes:,} bytes"]
+        facts = [
+            f"compression {self.compression:.1f}x",
+            f"{self.parameters:,} parameters",
+            f"{self.tensor_bytes:,} bytes",
+        ]
         facts += [] if self.flops is None else [f"{self.flops:,} FLOPs"]
         return "\n".join([*lines, ", ".join(facts)])
 

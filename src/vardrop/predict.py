@@ -11,7 +11,7 @@ from vardrop.errors import InvalidValueError
 from vardrop.sites import sites
 
 
-class noise:  # noqa: N801 - used as a verb
+class noise:
     """Switches the noise of `model` alone; batch-norm mode and pruning marks stay as they are.
 
     Takes effect at once; used with ``with``, the earlier state comes back at the end.
@@ -30,9 +30,7 @@ class noise:  # noqa: N801 - used as a verb
     True
     """
 
-    def __init__(
-        self, model: nn.Module, on: bool | None = True, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, on: bool | None = True, *, generator: torch.Generator | None = None) -> None:
         self._before = [(site.noise, site.noise.on, site.noise.generator) for site in sites(model)]
         for module, _, _ in self._before:
             module.on, module.generator = on, generator
@@ -47,9 +45,7 @@ class noise:  # noqa: N801 - used as a verb
             module.on, module.generator = on, generator
 
 
-def predict(
-    model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None
-) -> Tensor:
+def predict(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None) -> Tensor:
     """Mean class probabilities over `samples` draws of the noise; batch-norm and plain dropout in eval mode.
 
     Probabilities are averaged, not logits. The model's mode and noise switch are as before afterwards.

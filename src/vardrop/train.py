@@ -106,14 +106,16 @@ def train(
     num_data: int,
     evaluate: Callable[[nn.Module], tuple[float | None, float | None]],
     identity: str,
+    checkpoint_seconds: float = 5.0,
     on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Trains a converted `net` in place and returns the history, one entry an epoch.
 
-    After each epoch ``history.jsonl`` and ``checkpoint.pt`` in `folder` are replaced in one stroke each. When `folder`
-    holds a checkpoint of the same `identity`, the run goes on behind its last finished epoch, and every number that
-    follows is the one that an unbroken run would have given.
+    After the last epoch, and after each that ends `checkpoint_seconds` or more behind the last checkpoint,
+    ``history.jsonl`` and ``checkpoint.pt`` in `folder` are replaced in one stroke each. When `folder` holds a
+    checkpoint of the same `identity`, the run goes on from there, and every number that follows is the one that an
+    unbroken run would have given.
 
     Args:
         net: the converted network.
@@ -123,6 +125,7 @@ def train(
         num_data: training examples, for the ELBO.
         evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
         identity: a text that tells this run from others; a checkpoint with another one is refused.
+        checkpoint_seconds: least time between checkpoints.
         on_step: called after every step.
         on_epoch: called after every epoch with its line of the history.
 
@@ -136,6 +139,7 @@ def train(
     history = _resume(folder, identity, net, optimizer, elbo)
     model, optimizer = accelerator.prepare(net, optimizer)
     device = accelerator.device
+    stored = perf_counter()
     for epoch in range(len(history), schedule.epochs):
         started = perf_counter()
         elbo.step_epoch()
@@ -161,8 +165,10 @@ def train(
                 alive={name: count.alive for name, count in counted.layers.items()},
             )
         )
-        if accelerator.is_main_process:
+        due = perf_counter() - stored >= checkpoint_seconds or epoch + 1 == schedule.epochs
+        if accelerator.is_main_process and due:
             _store(folder, identity, net, optimizer, elbo, history)
+            stored = perf_counter()
         accelerator.log(_scalars(history[-1], num_data), step=epoch)
         on_epoch(history[-1])
     accelerator.end_training()
@@ -208,8 +214,8 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
     """Names the first layer with a parameter, and else the first with an output, that is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            layer, _, kind = name.removeprefix("module.").partition(".noise.")
-            return f"layer {layer.removesuffix('.weight').removesuffix('.bias')!r} has a {kind or 'weight'} that is not finite"
+            layer, _, kind = name.removeprefix("module.").rpartition(".")
+            return f"layer {layer.removesuffix('.noise')!r} has a {kind} that is not finite"
     if not torch.isfinite(x).all():
         return "the input is not finite"
     found: list[str] = []
@@ -270,9 +276,7 @@ def _store(
     replace_file(folder / CHECKPOINT, lambda path: torch.save(checkpoint, path))
 
 
-def _resume(
-    folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO
-) -> list[Epoch]:
+def _resume(folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO) -> list[Epoch]:
     path = folder / CHECKPOINT
     if not path.exists():
         return []

@@ -24,9 +24,7 @@ LAYERS = {
     "linear": LayerCase(lambda: nn.Linear(6, 5), (4, 6)),
     "linear-no-bias-3d": LayerCase(lambda: nn.Linear(6, 5, bias=False), (4, 3, 6)),
     "conv1d-circular": LayerCase(lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
-    "conv1d-replicate": LayerCase(
-        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, padding_mode="replicate"), (3, 4, 9)
-    ),
+    "conv1d-replicate": LayerCase(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, padding_mode="replicate"), (3, 4, 9)),
     "conv2d": LayerCase(lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 3, 7, 8)),
     "conv2d-groups": LayerCase(lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2, bias=False), (3, 4, 8, 8)),
     "conv2d-depthwise": LayerCase(lambda: nn.Conv2d(4, 8, 3, groups=4, padding="same"), (3, 4, 6, 6)),

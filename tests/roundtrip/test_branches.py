@@ -21,9 +21,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.down = None
         if stride > 1 or inputs != outputs:
-            self.down = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
@@ -63,9 +61,7 @@ def test_a_residual_stream_loses_only_what_is_dead_in_all_its_branches():
     zero_behind(model.block1.conv2, model.block1.bn2, [2, 4, 5])
     zero_behind(model.block1.conv1, model.block1.bn1, [0, 3])
     done, small = check(model, torch.randn(2, 3, 8, 8))
-    assert (
-        small.stem[0].out_channels == small.block1.conv2.out_channels == small.block2.conv1.in_channels == 4
-    )
+    assert small.stem[0].out_channels == small.block1.conv2.out_channels == small.block2.conv1.in_channels == 4
     assert small.block1.conv1.out_channels == 4
     assert small.block2.down[0].in_channels == 4
     assert done["block1.conv2"].units == (6, 4)

@@ -249,9 +249,7 @@ def test_norms_with_and_without_affine_and_running_statistics(norm, affine, trac
 
 def test_batch_statistics_leave_no_constant_but_zero():
     model = randomised(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1)
-        )
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1))
     )
     kill(model[0], [0, 1])
     with torch.no_grad():
@@ -260,14 +258,8 @@ def test_batch_statistics_leave_no_constant_but_zero():
 
 
 ACTIVATIONS = {
-    **{
-        kind.__name__: kind
-        for kind in (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU)
-    },
-    **{
-        kind.__name__: kind
-        for kind in (nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.SELU, nn.ReLU6, nn.Softsign)
-    },
+    **{kind.__name__: kind for kind in (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU)},
+    **{kind.__name__: kind for kind in (nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.SELU, nn.ReLU6, nn.Softsign)},
     "tanh gelu": lambda: nn.GELU("tanh"),
     "in place": lambda: nn.ReLU(inplace=True),
     "dropout": lambda: nn.Dropout(0.5),

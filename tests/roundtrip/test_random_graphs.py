@@ -32,9 +32,9 @@ class Random(nn.Module):
         self.program = []
         self.channels = [3]
         for _ in range(steps):
-            draw.choice(
-                (self.conv, self.conv, self.norm, self.activation, self.add, self.join, self.gate, self.pool)
-            )(draw)
+            draw.choice((self.conv, self.conv, self.norm, self.activation, self.add, self.join, self.gate, self.pool))(
+                draw
+            )
         self.heads = nn.ModuleList(nn.Linear(self.channels[-1] * size, 3) for size in (1, 4))
         self.out = nn.Linear(6, 2)
 
@@ -90,9 +90,7 @@ class Random(nn.Module):
     def join(self, draw):
         first, second = self.source(draw), self.source(draw)
         if self.channels[first] + self.channels[second] <= 16:
-            self.step(
-                self.channels[first] + self.channels[second], lambda a, b: torch.cat([a, b], 1), first, second
-            )
+            self.step(self.channels[first] + self.channels[second], lambda a, b: torch.cat([a, b], 1), first, second)
 
     def gate(self, draw):
         source = self.source(draw)

@@ -50,6 +50,7 @@ def run(folder: Path, net: nn.Module, *, identity: str = "a", stop_after: int | 
         num_data=len(data.y),
         evaluate=evaluate or (lambda model: (None, 0.5)),
         identity=identity,
+        checkpoint_seconds=0.0,
         on_epoch=on_epoch,
     )
 

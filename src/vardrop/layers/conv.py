@@ -48,7 +48,7 @@ class _NoisyConvTranspose(nn.modules.conv._ConvTransposeNd):
             input,
             output_size,
             list(self.stride),
-            list(self.padding),
+            list(self.padding),  # type: ignore[arg-type]
             list(self.kernel_size),
             self._dimensions,
             list(self.dilation),

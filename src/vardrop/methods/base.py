@@ -1,4 +1,4 @@
-"""What a method is: a name for a noise, a divergence that the noise pays, and a rule that says when a weight is dead."""
+"""What a method is: a noise, a divergence that the noise pays, and a rule that says when a weight is dead."""
 
 from __future__ import annotations
 

@@ -134,5 +134,5 @@ def _shared_shape(weight: Tensor, layout: Layout, sharing: Sharing) -> tuple[int
     if sharing == "weight":
         return tuple(weight.shape)
     axis = layout.in_axis if sharing == "input" else layout.out_axis
-    shape = ones[:axis] + (weight.shape[axis],) + ones[axis + 1 :]
+    shape = (*ones[:axis], weight.shape[axis], *ones[axis + 1 :])
     return (layout.groups, *shape[1:]) if axis == 1 else shape

@@ -19,9 +19,7 @@ def compact(
 
 
 @overload
-def compact(
-    model: nn.Module, example_inputs: Any, *, dry_run: Literal[True], on_unknown: str = "refuse"
-) -> Plan: ...
+def compact(model: nn.Module, example_inputs: Any, *, dry_run: Literal[True], on_unknown: str = "refuse") -> Plan: ...
 
 
 def compact(

@@ -120,9 +120,7 @@ def _choose(
                 "or a dict from name patterns to methods"
             )
     if next(sites(model), None) is not None:
-        raise ConversionError(
-            "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
-        )
+        raise ConversionError("the model is converted already: convert a plain one, or call vardrop.strip(model) first")
     layers = {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
     _check_patterns(include, layers, "include")
     _check_patterns(exclude, layers, "exclude")
@@ -131,13 +129,13 @@ def _choose(
     for name, layer in layers.items():
         if (include is not None and not _matches(name, include)) or (exclude and _matches(name, exclude)):
             continue
-        pattern = next((p for p in by_pattern if fnmatchcase(name, p)), None)
-        if pattern is None:
+        matching = [pattern for pattern in by_pattern if fnmatchcase(name, pattern)]
+        if not matching:
             continue
-        named = include is not None or pattern != "*"
+        named = include is not None or matching[0] != "*"
         if _is_convertible(name, layer, named=named):
-            used.add(pattern)
-            chosen[name] = (layer, by_pattern[pattern])
+            used.add(matching[0])
+            chosen[name] = (layer, by_pattern[matching[0]])
     unused = [pattern for pattern in by_pattern if pattern not in used]
     if unused and isinstance(method, Mapping):
         raise InvalidValueError(
@@ -192,15 +190,21 @@ def _some(layers: Mapping[str, nn.Module]) -> str:
 
 
 def _close_fast_paths(model: nn.Module) -> None:
-    """A torch encoder layer in eval mode may compute from its weights directly and never call its noisy sublayers."""
+    """A torch encoder layer in eval mode may compute from its weights directly and never call its noisy sublayers.
+
+    Where a sublayer has a forward hook, it calls them.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and next(sites(module), None) is not None:
-            module.vardrop_fast_path = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
+            module.linear1.register_forward_hook(_call_me)
 
 
 def _open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and hasattr(module, "vardrop_fast_path"):
-            module.activation_relu_or_gelu = module.vardrop_fast_path
-            del module.vardrop_fast_path
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _call_me:
+                del module._forward_hooks[key]
+
+
+def _call_me(layer: nn.Module, inputs: Any, output: Any) -> None:
+    """Changes nothing; being there is enough."""

@@ -245,8 +245,7 @@ def _explain_difference(
 ) -> str:
     if not _equal(expected, _run(large, sample)):
         return (
-            "the model gives other outputs each time in eval mode, so no cut can be checked: "
-            "switch off what is random"
+            "the model gives other outputs each time in eval mode, so no cut can be checked: switch off what is random"
         )
     return _stated(graph, alive, []) or (
         "after the cut the model gives other outputs; its code may use the sizes of its tensors as numbers"

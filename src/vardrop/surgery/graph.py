@@ -127,9 +127,7 @@ def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
 
 
-def read(
-    model: nn.Module, arguments: tuple[Any, ...], *, on_unknown: str, keep_fixed_sizes: bool = False
-) -> Graph:
+def read(model: nn.Module, arguments: tuple[Any, ...], *, on_unknown: str, keep_fixed_sizes: bool = False) -> Graph:
     """Like :func:`graph`; with `keep_fixed_sizes` units stay where a reshape may state their number."""
     if on_unknown not in ("refuse", "keep"):
         raise InvalidValueError(f"on_unknown={on_unknown!r}: must be 'refuse' or 'keep'")

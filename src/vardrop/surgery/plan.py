@@ -125,9 +125,7 @@ class _Marks:
 
     def _even_out(self, balance: Balance) -> bool:
         present = [
-            block
-            for block in balance.blocks
-            if not balance.may_vanish or any(self.lives(row).any() for row in block)
+            block for block in balance.blocks if not balance.may_vanish or any(self.lives(row).any() for row in block)
         ]
         changed = False
         for row in zip(*present, strict=True):

@@ -51,7 +51,10 @@ class Pruned:
 
 
 def prune(
-    model: nn.Module, threshold: float | None = None, *, on_empty: Literal["keep-best", "refuse"] = "keep-best"
+    model: nn.Module,
+    threshold: float | None = None,
+    *,
+    on_empty: Literal["keep-best", "refuse"] = "keep-best",
 ) -> Pruned:
     """Marks the dead weights of `model` in place by each method's own rule; :func:`unprune` takes it back.
 

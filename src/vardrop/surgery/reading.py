@@ -180,11 +180,7 @@ class Reading:
         if len(node.users) > 1:
             return f"{name} is used {len(node.users)} times"
         owner = self.owner(name)
-        known = all(
-            base in _RESIZABLE_BASES
-            for base in type(owner).__mro__
-            if base.__module__.startswith("torch.nn.")
-        )
+        known = all(base in _RESIZABLE_BASES for base in type(owner).__mro__ if base.__module__.startswith("torch.nn."))
         return None if known else f"{name} belongs to a {type(owner).__name__}"
 
     def owner(self, name: str) -> nn.Module:

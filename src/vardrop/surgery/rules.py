@@ -103,9 +103,7 @@ def _constants(reading: Reading, source: Node, joined: Value, made: torch.Size) 
         return value.const if (value.dim, len(value)) == (dim, len(joined)) else unknown(len(joined))
     if state is None:
         return unknown(len(joined))
-    rows = (
-        state.movedim(dim, 0).reshape(state.shape[dim], -1) if dim >= 0 else state.reshape(1, -1)
-    ).double()
+    rows = (state.movedim(dim, 0).reshape(state.shape[dim], -1) if dim >= 0 else state.reshape(1, -1)).double()
     return torch.where((rows == rows[:, :1]).all(1), rows[:, 0], torch.nan).expand(len(joined))
 
 
@@ -139,14 +137,8 @@ def norm(reading: Reading, node: Node) -> Outcome:
     """Batch or instance norm, affine in each channel; by batch statistics only a zero stays a constant."""
     given = arguments(node)
     value = reading.value(given["input"])
-    nodes = {
-        key: given[key] for key in ("weight", "bias", "running_mean", "running_var") if given[key] is not None
-    }
-    if (
-        value is None
-        or value.dim != 1
-        or any(reading.obstacle(state) is not None for state in nodes.values())
-    ):
+    nodes = {key: given[key] for key in ("weight", "bias", "running_mean", "running_var") if given[key] is not None}
+    if value is None or value.dim != 1 or any(reading.obstacle(state) is not None for state in nodes.values()):
         return reading.stop(node)
     names = [cast(str, reading.state_name(state)) for state in nodes.values()]
     owner = names[0].rpartition(".")[0] if names else reading.caller(node)
@@ -216,9 +208,7 @@ def chunk(reading: Reading, node: Node) -> Outcome:
     if operation(node) != "chunk" or len(value) % given["chunks"] or len(parts) != given["chunks"]:
         return reading.stop(node)
     blocks = [value.take(entries, value.dim) for entries in torch.arange(len(value)).chunk(len(parts))]
-    reading.balance(
-        f"the parts of {line_of(node)}", tuple((block.ids,) for block in blocks), may_vanish=False
-    )
+    reading.balance(f"the parts of {line_of(node)}", tuple((block.ids,) for block in blocks), may_vanish=False)
     return list(blocks)
 
 

@@ -63,12 +63,7 @@ def _split(
     lead, rest = prod(before[: value.dim]), prod(before[value.dim + 1 :])
     for dim, size in enumerate(after):
         own_rest = prod(after[dim + 1 :])
-        if (
-            prod(after[:dim]) != lead
-            or own_rest % rest
-            or size * own_rest != len(value) * rest
-            or dim in stated
-        ):
+        if prod(after[:dim]) != lead or own_rest % rest or size * own_rest != len(value) * rest or dim in stated:
             continue
         blocks, const = value.ids.view(size, -1), value.const.view(size, -1)
         for column in blocks.T[1:]:

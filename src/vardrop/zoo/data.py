@@ -114,7 +114,9 @@ def _own_splits(spec: str) -> tuple[Split, Split]:
     try:
         (x_train, y_train), (x_test, y_test) = given
     except (TypeError, ValueError):
-        raise DataError(f"{spec!r} must return ((x_train, y_train), (x_test, y_test)), not {type(given).__name__}") from None
+        raise DataError(
+            f"{spec!r} must return ((x_train, y_train), (x_test, y_test)), not {type(given).__name__}"
+        ) from None
     return _own_split(x_train, y_train), _own_split(x_test, y_test)
 
 

@@ -90,7 +90,13 @@ def vgg_like(input_shape: Shape, num_classes: int, option: str = "") -> nn.Modul
             channels = out
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
     flat = 512 * math.ceil(height / 32) * math.ceil(width / 32)
-    layers += [nn.Flatten(), nn.Linear(flat, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, num_classes)]
+    layers += [
+        nn.Flatten(),
+        nn.Linear(flat, 512),
+        nn.BatchNorm1d(512),
+        nn.ReLU(),
+        nn.Linear(512, num_classes),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -189,7 +195,9 @@ def _pooled(size: int) -> int:
     """What two rounds of a 5x5 convolution and pooling by 2 leave of a side."""
     left = ((size - 4) // 2 - 4) // 2
     if left < 1:
-        raise DataError(f"lenet-5 needs sides of at least 16 pixels, not {size}: a convolutional net for small images is conv-small")
+        raise DataError(
+            f"lenet-5 needs sides of at least 16 pixels, not {size}: a convolutional net for small images is conv-small"
+        )
     return left
 
 

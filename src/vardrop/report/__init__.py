@@ -1,0 +1,3 @@
+"""A self-contained page about a run."""
+
+from vardrop.report.page import report as report

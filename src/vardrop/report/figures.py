@@ -1,0 +1,136 @@
+"""The figures of a report, each a matplotlib figure that can be read on a light and on a dark ground."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vardrop.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#7a828e"
+COLOURS = ("#3b82c4", "#e0803a", "#4aa564", "#b05fb0", "#c2504f", "#8a7a5c")
+UNITS_SHOWN = 40
+
+
+def training_curves(history: list[dict[str, Any]]) -> Figure:
+    """Error, negative log-likelihood, KL and its weight, over the epochs."""
+    figure, axes = _panels(2, 2, (9.0, 5.0))
+    epochs = [entry["epoch"] + 1 for entry in history]
+    for key, label in (
+        ("train_error", "training, noisy"),
+        ("valid_error", "validation"),
+        ("test_error", "test"),
+    ):
+        percent = [100 * entry[key] for entry in history if entry.get(key) is not None]
+        if len(percent) == len(epochs):
+            axes[0].plot(epochs, percent, label=label)
+    axes[0].set_yscale("log")
+    axes[0].legend(frameon=False, labelcolor=INK, fontsize=8)
+    _title(axes[0], "error, %")
+    for axis, key, title in zip(
+        axes[1:],
+        ("train_nll", "kl", "beta"),
+        ("NLL, nats an example", "KL, nats in all", "weight of the KL"),
+        strict=True,
+    ):
+        axis.plot(epochs, [entry[key] for entry in history])
+        _title(axis, title)
+    axes[2].set_yscale("log")
+    for axis in axes[2:]:
+        axis.set_xlabel("epoch")
+    return figure
+
+
+def alive_weights(history: list[dict[str, Any]], totals: dict[str, int]) -> Figure:
+    """Live weights of each layer over the epochs, as a share of all."""
+    figure, (axis,) = _panels(1, 1, (9.0, 3.2))
+    epochs = [entry["epoch"] + 1 for entry in history]
+    for name, total in totals.items():
+        alive = [100 * entry["alive"].get(name, total) / total for entry in history]
+        axis.plot(epochs, alive, label=f"layer {name}, {total:,} weights")
+    axis.set_yscale("log")
+    axis.set_xlabel("epoch")
+    axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _title(axis, "live weights, %")
+    return figure
+
+
+def log_alpha_histograms(histograms: dict[str, Any], threshold: float | None) -> Figure:
+    """How log alpha is spread in each layer, with the threshold of the rule where it is one on log alpha."""
+    columns = min(2, len(histograms))
+    rows = math.ceil(len(histograms) / columns)
+    figure, axes = _panels(rows, columns, (4.5 * columns, 2.3 * rows))
+    for axis, (name, found) in zip(axes, histograms.items(), strict=False):
+        axis.stairs(found["log_alpha"]["counts"], found["log_alpha"]["edges"], fill=True)
+        axis.set_yscale("log")
+        if threshold is not None:
+            axis.axvline(threshold, color=COLOURS[4], linewidth=1)
+        _title(axis, f"log alpha in layer {name}")
+    for axis in axes[len(histograms) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def first_layer(weight: Tensor, input_shape: list[int]) -> Figure:
+    """What the first layer still looks at: a map of the inputs and its strongest units, or its kernels."""
+    images, summed = _as_images(weight, input_shape)
+    strength = images.abs().flatten(1).sum(dim=1)
+    best = strength.argsort(descending=True)[:UNITS_SHOWN]
+    best = best[strength[best] > 0]
+    columns = 10
+    rows = max(1, math.ceil(len(best) / columns))
+    offset = 0 if summed is None else 3
+    figure, axes = _panels(rows, columns + offset, (9.0 + 0.6 * offset, 0.85 * rows + 0.3))
+    for axis in axes:
+        axis.axis("off")
+    for index, unit in enumerate(best.tolist()):
+        axis = axes[(index // columns) * (columns + offset) + offset + index % columns]
+        bound = float(images[unit].abs().max())
+        axis.imshow(images[unit].numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
+    if summed is not None:
+        wide = figure.add_axes((0.01, 0.05, 0.19, 0.85))
+        wide.imshow(summed.numpy(), cmap="magma")
+        wide.axis("off")
+        _title(wide, "live weights per input")
+    return figure
+
+
+def _as_images(weight: Tensor, input_shape: list[int]) -> tuple[Tensor, Tensor | None]:
+    """One picture for each unit, and for a dense layer the count of live weights at each input."""
+    if weight.dim() == 4:
+        return weight.sum(dim=1), None
+    if len(input_shape) == 3 and weight.shape[1] == math.prod(input_shape):
+        pictures = weight.view(-1, *input_shape)
+        return pictures.sum(dim=1), (pictures != 0).sum(dim=(0, 1)).float()
+    return weight.flatten(1)[:, None, :], None
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("drawing a report", "report") from error
+    from cycler import cycler
+
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0.0)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    axes: list[Axes] = list(grid.flat)
+    for axis in axes:
+        axis.patch.set_alpha(0.0)
+        axis.set_prop_cycle(cycler(color=COLOURS))
+        axis.tick_params(colors=INK, labelsize=8, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(INK)
+        axis.xaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _title(axis: Axes, text: str) -> None:
+    axis.set_title(text, color=INK, fontsize=9, loc="left")
