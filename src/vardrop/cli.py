@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+INTERRUPTED = 130
 
 NetArgument = Annotated[
     str, typer.Argument(help="A network by name (see `vardrop methods`), or your own: file.py:function")
@@ -192,7 +193,7 @@ def make_method(name: str, settings: Sequence[str]) -> Method:
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """`text` as a value of the type `hint`: a number, a truth value, a word, or none."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if text.lower() == "none" and type(None) in options:
         return None
     if bool in options:
@@ -283,13 +284,19 @@ def _count(value: int | None) -> str:
 def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except click.exceptions.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        errors.print("stopped; what was finished is kept, and the same command goes on from there")
-        sys.exit(130)
+        code = error.exit_code
     except VardropError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        code = 1
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        errors.print("stopped; what was finished is kept, and the same command goes on from there")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -92,15 +92,19 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         DataError: the data does not fit the net, or cannot be trained on.
     """
     listeners = listeners or Listeners()
-    _claim(folder, job)
+    _check_folder(folder, job)
+    code = _commit()
     data = load_data(job.data, data_root=job.data_root)
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
-    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for parameter in net.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     fit, valid = data.train, None
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
+    replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
     if job.pretrain:
         listeners.on_stage("plain", job.pretrain)
         plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
@@ -109,11 +113,17 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     convert(net, job.method)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
-    return _finish(job, folder, net, data, history, original)
+    return _finish(job, folder, net, data, history, original, code)
 
 
 def _finish(
-    job: Job, folder: Path, net: nn.Module, data: Data, history: list[Epoch], original: dict[str, Any] | None
+    job: Job,
+    folder: Path,
+    net: nn.Module,
+    data: Data,
+    history: list[Epoch],
+    original: dict[str, Any] | None,
+    code: str | None,
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
@@ -131,7 +141,7 @@ def _finish(
         "config": job.config,
         "seed": job.schedule.seed,
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": code,
         "machine": _machine(),
         "layers": {site.name: site.weight.numel() for site in sites(net)},
         "original": original,
@@ -146,23 +156,20 @@ def _finish(
     return result
 
 
-def _claim(folder: Path, job: Job) -> None:
-    """Makes `folder` this job's own, or finds that it already is."""
+def _check_folder(folder: Path, job: Job) -> None:
+    """Raises unless `folder` is free, or holds this very job."""
     path = folder / CONFIG
     if path.exists():
+        wanted = json.loads(json.dumps(job.config))
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise StorageError(f"{path} is not readable JSON: choose another folder") from error
-        if stored != json.loads(json.dumps(job.config)):
-            differing = [key for key in job.config if stored.get(key) != json.loads(json.dumps(job.config[key]))]
-            raise StorageError(
-                f"{folder} holds another run (it differs in {', '.join(differing)}): choose another folder"
-            )
-    elif folder.exists() and any(folder.iterdir()):
+        if stored != wanted:
+            differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
+            raise StorageError(f"{folder} holds another run (it differs in {differing}): choose another folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder} is not empty and holds no run: choose an empty or a new folder")
-    else:
-        replace_file(path, lambda aside: aside.write_text(json.dumps(job.config, indent=1)))
 
 
 def _train(

@@ -22,7 +22,7 @@ from vardrop.train import Schedule
 from vardrop.zoo import build_net, load_data
 
 NET = "lenet-300-100"
-SCHEDULE = Schedule(epochs=60, batch_size=50, decay_from=30, warmup_start=2, warmup_epochs=15)
+SCHEDULE = Schedule(epochs=60, batch_size=50, lr=2e-3, decay_from=30, warmup_start=0, warmup_epochs=40)
 PRETRAIN_EPOCHS = 20
 
 
@@ -42,7 +42,7 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
     Writes the run, both nets as ONNX, a report and a picture into `folder`. A finished demo in `folder` is not
     trained again, only measured.
     """
-    job = Job(net=NET, data="digits", method=SparseVD(), schedule=SCHEDULE, pretrain=PRETRAIN_EPOCHS)
+    job = Job(net=NET, data="digits", method=SparseVD(train_clip=True), schedule=SCHEDULE, pretrain=PRETRAIN_EPOCHS)
     finished = folder / RUN
     run = json.loads(finished.read_text()) if finished.exists() else compress(job, folder, listeners=listeners)
     data = load_data(job.data)

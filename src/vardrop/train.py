@@ -223,7 +223,7 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name)
+                found.append(name.removesuffix(".noise"))
 
         return hook
 

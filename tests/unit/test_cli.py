@@ -1,0 +1,192 @@
+"""The command line on real, embedded data: the whole road, what it refuses, and what it leaves behind."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import vardrop as vd
+from vardrop import cli
+from vardrop.cli import make_method
+from vardrop.compress import Job, compress
+from vardrop.errors import InvalidValueError, StorageError
+from vardrop.evaluate import load_small, read_run
+from vardrop.report import report
+from vardrop.train import Schedule
+from vardrop.zoo import load_data
+
+FAST = ["--epochs", "3", "--batch-size", "100", "--pretrain", "4", "--warmup-epochs", "2", "--set", "train_clip=true"]
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def vardrop(*arguments: object) -> Done:
+    """Runs the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["vardrop", *map(str, arguments)])
+        patch.setattr(cli.console, "width", 140)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return Done(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    done = vardrop("compress", "lenet-300-100", "--validation", 100, "--out", folder, *FAST)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_compress_prints_its_figures_and_the_small_net_has_those_of_the_pruned_one(finished):
+    folder, printed = finished
+    run = read_run(folder)
+    assert run["pruned"]["error"] == run["compacted"]["error"]
+    assert run["compacted"]["largest_difference"] < 1e-4
+    assert run["compacted"]["parameters"] < run["original"]["parameters"]
+    assert len(run["history"]) == 3 and run["history"][0]["valid_error"] is not None
+    assert run["config"]["method"]["name"] == "sparse-vd" and run["seed"] == 0 and run["versions"]["torch"]
+    assert f"{100 * run['compacted']['error']:.2f}" in printed
+    data = load_data("digits")
+    wrong = (load_small(folder, data)(data.test.x).argmax(dim=1) != data.test.y).double().mean().item()
+    assert wrong == pytest.approx(run["compacted"]["error"])
+
+
+def test_evaluate_export_and_report_work_on_the_finished_run(finished, tmp_path):
+    folder, _ = finished
+    done = vardrop("evaluate", folder, "--samples", 3)
+    assert done.returncode == 0, done.stderr
+    assert "ensemble of 3 draws" in done.stdout and "small net" in done.stdout
+    done = vardrop("export", folder, "--out", tmp_path / "small.onnx")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small.onnx").stat().st_size > 0
+    done = vardrop("report", folder, "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "not recorded" not in page
+
+
+def test_a_report_says_what_is_missing_and_escapes_names(finished, tmp_path):
+    folder, _ = finished
+    run = read_run(folder)
+    run["config"]["net"] = "<script>alert(1)</script>"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    page = report(tmp_path).read_text()
+    assert page.count("not recorded") == 2
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    with pytest.raises(StorageError, match=r"run.json does not exist"):
+        report(tmp_path / "nowhere")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(StorageError, match="not readable JSON"):
+        report(tmp_path)
+
+
+def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finished):
+    folder, _ = finished
+    before = read_run(folder)
+    again = vardrop("compress", "lenet-300-100", "--validation", 100, "--out", folder, *FAST)
+    assert again.returncode == 0, again.stderr
+    assert read_run(folder)["compacted"] == before["compacted"]
+    other = vardrop("compress", "lenet-300-100", "--validation", 90, "--out", folder, *FAST)
+    assert other.returncode == 1 and "holds another run (it differs in validation)" in other.stderr
+    assert read_run(folder)["config"]["validation"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lenet-9"], "net 'lenet-9' is unknown"),
+        (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, bernoulli-dropout"),
+        (["lenet-300-100", "--set", "threshold=high"], "--set threshold=high: must be a number"),
+        (["lenet-300-100", "--set", "size=3"], "must be field=value with a field of sparse-vd"),
+        (["lenet-300-100", "--method", "gamma-ard", "--set", "a=0.5"], "GammaARD(a=0.5): must satisfy 0.5 < a"),
+        (["lenet-300-100", "--epochs", "0"], "epochs=0: must be at least 1"),
+        (["lenet-5"], "at least 16 pixels, not 8"),
+        (["lenet-300-100", "--data", "ylecun/mnist", "--data-root", "/nowhere"], "there is no folder"),
+        (["lenet-300-100", "--validation", "5000"], "validation=5000: must lie in 1 to 1436"),
+    ],
+)
+def test_bad_requests_are_one_line_and_leave_no_folder(tmp_path, arguments, message):
+    done = vardrop("compress", *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert message in done.stderr.replace("\n", "")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "letters").write_text("dear")
+    done = vardrop("compress", "lenet-300-100", "--out", tmp_path)
+    assert done.returncode == 1 and "is not empty and holds no run" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(tmp_path):
+    arguments = [
+        "compress",
+        "lenet-300-100",
+        "--epochs",
+        "400",
+        "--warmup-epochs",
+        "200",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vardrop.cli", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in " ".join(said.split())
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert 0 < len(stored["history"]) < 400
+
+
+def test_methods_and_help_explain_themselves():
+    listed = vardrop("methods")
+    assert listed.returncode == 0, listed.stderr
+    for name in (*vd.methods(), "lenet-5", "digits"):
+        assert name in listed.stdout
+    for command in ("compress", "evaluate", "export", "report", "methods", "demo"):
+        shown = vardrop(command, "--help")
+        assert shown.returncode == 0 and command in shown.stdout
+
+
+def test_make_method_reads_numbers_words_truth_and_none():
+    method = make_method("sparse-vd", ["threshold=2.5", "rule=snr", "form=sigmoid", "init_log_std=-4"])
+    assert method == vd.SparseVD(threshold=2.5, rule="snr", form="sigmoid", init_log_std=-4.0)
+    assert make_method("sparse-vd", ["rule=none"]) == vd.SparseVD(rule=None)
+    assert make_method("vbd", ["train_clip=true", "alpha=weight"]) == vd.VBD(train_clip=True)
+    for bad in ("train_clip=yes", "threshold=x", "novalue"):
+        with pytest.raises(InvalidValueError, match="--set"):
+            make_method("vbd", [bad])
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(StorageError, match="not readable JSON"):
+        compress(Job("lenet-300-100", "digits", vd.ARD(), Schedule(epochs=1, decay_from=0)), tmp_path)

@@ -1,0 +1,199 @@
+"""Networks and data by name, one's own, and everything that is refused before any training."""
+
+import textwrap
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from vardrop.errors import DataError, InvalidValueError
+from vardrop.zoo import NETS, Batches, Split, build_net, check_fits, load_data, validation_split
+
+
+def weights(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [
+        ("lenet-300-100", (1, 28, 28), 266_200),
+        ("lenet-500-300", (1, 28, 28), 545_000),
+        ("lenet-5", (1, 28, 28), 430_500),
+        ("mlp-340", (1, 28, 28), 784 * 340 + 2 * 340**2 + 3400),
+        ("conv-small-1.5", (3, 32, 32), 3 * 9 * 48 + 48 * 9 * 96 + 96 * 64 * 192 + 192 * 192 + 1920),
+        ("vgg-like", (3, 32, 32), 14_977_728),
+    ],
+)
+def test_networks_have_the_weights_of_the_papers(name, shape, count):
+    net = build_net(name, input_shape=shape, num_classes=10)
+    assert weights(net) == count
+    assert net.eval()(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_every_net_has_a_line_of_help():
+    assert all(builder.__doc__ for builder in NETS.values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lenet-300-10", "net 'lenet-300-10' is unknown; did you mean 'lenet-300-100'"),
+        ("mlp", "mlp takes a width such as mlp-340"),
+        ("mlp-wide", "'mlp-wide': mlp takes a width"),
+        ("conv-small--1", "takes a scale"),
+        ("nowhere.py:net", "there is no file nowhere.py"),
+    ],
+)
+def test_unknown_nets_are_refused(spec, message):
+    with pytest.raises(InvalidValueError, match=message):
+        build_net(spec, input_shape=(1, 28, 28), num_classes=10)
+
+
+def test_small_images_do_not_fit_lenet_5():
+    with pytest.raises(DataError, match="at least 16 pixels, not 8"):
+        build_net("lenet-5", input_shape=(1, 8, 8), num_classes=10)
+
+
+def test_digits_are_stratified_and_scaled():
+    data = load_data("digits")
+    assert data.input_shape == (1, 8, 8) and data.num_classes == 10
+    assert (len(data.train.y), len(data.test.y)) == (1437, 360)
+    assert data.train.x.min() == 0 and data.train.x.max() == 1
+    assert data.test.y.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+
+
+def write_own(
+    path, train_x="torch.rand(6, 4)", train_y="[0, 1, 2, 0, 1, 2]", test_x="torch.rand(3, 4)", test_y="[0, 1, 2]"
+):
+    path.write_text(
+        textwrap.dedent(f"""
+        import torch
+        def data():
+            return ({train_x}, torch.tensor({train_y})), ({test_x}, torch.tensor({test_y}))
+        def net(input_shape, num_classes):
+            return torch.nn.Linear(input_shape[0], num_classes)
+        def narrow():
+            return torch.nn.Linear(3, 3)
+        def odd():
+            return torch.nn.Linear(4, 7)
+        def none():
+            return None
+        def broken():
+            raise KeyError("x")
+        """)
+    )
+    return str(path)
+
+
+def test_ones_own_net_and_data(tmp_path):
+    file = write_own(tmp_path / "mine.py")
+    data = load_data(f"{file}:data")
+    net = build_net(f"{file}:net", input_shape=data.input_shape, num_classes=data.num_classes)
+    check_fits("mine", net, data)
+    assert (net.in_features, net.out_features) == (4, 3)
+
+
+def test_ones_own_mistakes_are_named(tmp_path):
+    file = write_own(tmp_path / "mine.py")
+    data = load_data(f"{file}:data")
+
+    def build(name):
+        return build_net(f"{file}:{name}", input_shape=(4,), num_classes=3)
+
+    with pytest.raises(DataError, match=r"shape \(4,\), which do not fit the net 'narrow'"):
+        check_fits("narrow", build("narrow"), data)
+    with pytest.raises(DataError, match=r"outputs of shape \(1, 7\).*must be \(1, 3\)"):
+        check_fits("odd", build("odd"), data)
+    with pytest.raises(InvalidValueError, match="gave a NoneType"):
+        build("none")
+    with pytest.raises(InvalidValueError, match="raised KeyError"):
+        build("broken")
+    with pytest.raises(InvalidValueError, match="no function 'absent'; it has: data, net"):
+        build("absent")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_x": "torch.full((6, 4), float('nan'))"}, "training data.*example 0 holds NaN"),
+        ({"test_y": "[0, 1, 5]"}, "test data.*label 5 of example 2 is out of range; labels must lie in 0 to 2"),
+        ({"train_y": "[0, -1, 2, 0, 1, 2]"}, "label -1 of example 1"),
+        ({"train_x": "torch.rand(5, 4)"}, "5 inputs, but 6 labels"),
+        ({"test_x": "torch.rand(3, 9)"}, r"inputs of shape \(9,\)"),
+        ({"train_x": "torch.rand(0, 4)", "train_y": "[]"}, "there are no examples"),
+        ({"train_y": "[0] * 6", "test_y": "[0] * 3"}, "nothing to tell apart"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path, changed, message):
+    with pytest.raises(DataError, match=message):
+        load_data(f"{write_own(tmp_path / 'mine.py', **changed)}:data")
+
+
+def write_hub_folder(root, columns=("image", "label"), splits=("train", "test")):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    images = [Image.fromarray(numpy.full((4, 5), 50 * index, dtype=numpy.uint8)) for index in range(4)]
+    for split in splits:
+        table = datasets.Dataset.from_dict({columns[0]: images, columns[1]: [0, 1, 0, 1]})
+        table = table.cast_column(columns[0], datasets.Image())
+        (root / "some" / "set").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(root / "some" / "set" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_local_folder_of_the_hub_layout_also_from_the_cache(tmp_path):
+    write_hub_folder(tmp_path)
+    for _ in range(2):
+        data = load_data("some/set", data_root=tmp_path)
+        assert data.input_shape == (1, 4, 5)
+        assert torch.allclose(data.train.x[2], torch.full((1, 4, 5), 100 / 255))
+        assert data.test.y.tolist() == [0, 1, 0, 1]
+    assert len(list((tmp_path / "cache" / "vardrop").iterdir())) in (1, 2)
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_folders_that_are_missing_or_of_another_layout_are_refused(tmp_path):
+    with pytest.raises(DataError, match="there is no folder .*nothing/here"):
+        load_data("nothing/here", data_root=tmp_path)
+    write_hub_folder(tmp_path / "a", columns=("picture", "kind"))
+    with pytest.raises(DataError, match="has the columns picture, kind: must have an image column"):
+        load_data("some/set", data_root=tmp_path / "a")
+    write_hub_folder(tmp_path / "b", splits=("train",))
+    with pytest.raises(DataError, match="has the splits train: must have train and test"):
+        load_data("some/set", data_root=tmp_path / "b")
+    (tmp_path / "c" / "x").mkdir(parents=True)
+    with pytest.raises(DataError, match="'x' could not be read from"):
+        load_data("x", data_root=tmp_path / "c")
+
+
+def test_the_order_of_batches_follows_from_seed_and_epoch_alone():
+    split = Split(torch.arange(10.0), torch.arange(10))
+    batches = Batches(split, 4, seed=3)
+    batches.set_epoch(5)
+    first = [y.tolist() for _, y in batches]
+    assert [len(part) for part in first] == [4, 4, 2] and len(batches) == 3
+    assert sorted(index for part in first for index in part) == list(range(10))
+    torch.randn(3)
+    again = Batches(split, 4, seed=3)
+    again.set_epoch(5)
+    assert [y.tolist() for _, y in again] == first
+    again.set_epoch(6)
+    assert [y.tolist() for _, y in again] != first
+
+
+def test_a_validation_split_takes_examples_away_from_training():
+    split = Split(torch.arange(10.0), torch.arange(10))
+    rest, apart = validation_split(split, 3, seed=0)
+    assert len(apart.y) == 3
+    assert sorted(rest.y.tolist() + apart.y.tolist()) == list(range(10))
+    assert validation_split(split, 3, seed=0)[1].y.tolist() == apart.y.tolist()
+    with pytest.raises(InvalidValueError, match="validation=10: must lie in 1 to 9"):
+        validation_split(split, 10, seed=0)
