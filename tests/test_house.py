@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the street to the cellar: a room may import from rooms further down, and from itself, never upwards.
 FLOORS = [
     {"cli"},
-    {"demo", "evaluate"},
+    {"demo"},
+    {"evaluate"},
     {"compress"},
     {"train", "zoo", "report"},
     {"elbo", "predict", "measure", "io", "export", "cite"},
@@ -145,3 +147,17 @@ def test_readme_blocks_run(tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(block, names)
+
+
+def test_the_readme_shows_what_the_stored_runs_say():
+    sys.path.insert(0, str(ROOT / "results"))
+    import render
+
+    assert (ROOT / "results" / "README.md").read_text() == render.page()
+    assert (ROOT / "README.md").read_text() == render.readme_with(render.table())
+    for row in json.loads((ROOT / "results" / "rows.json").read_text()):
+        path = ROOT / "results" / f"{row['run']}.json"
+        if path.exists():
+            run = json.loads(path.read_text())
+            assert run["pruned"]["error"] == run["compacted"]["error"], row["run"]
+            assert len(run["history"]) == run["config"]["schedule"]["epochs"], row["run"]

@@ -88,6 +88,12 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     Raises:
         StorageError: the folder is missing, damaged or foreign, or holds a model of another architecture.
         InvalidValueError: `build` does not give a module.
+
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "net"
+    >>> vd.save(vd.convert(torch.nn.Linear(4, 2), vd.ARD()), folder)
+    >>> vd.load(folder, lambda: torch.nn.Linear(4, 2)).noise.method == vd.ARD()
+    True
     """
     folder = Path(folder)
     record, tensors = _read(folder)

@@ -127,7 +127,7 @@ def train(
         identity: a text that tells this run from others; a checkpoint with another one is refused.
         checkpoint_seconds: least time between checkpoints.
         on_step: called after every step.
-        on_epoch: called after every epoch with its line of the history.
+        on_epoch: called after every epoch with its line of the history, and first with the last stored one.
 
     Raises:
         TrainingError: the loss is no longer finite; names the first layer concerned and the step.
@@ -137,6 +137,8 @@ def train(
     optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr)
     elbo = schedule.elbo(num_data)
     history = _resume(folder, identity, net, optimizer, elbo)
+    if history:
+        on_epoch(history[-1])
     model, optimizer = accelerator.prepare(net, optimizer)
     device = accelerator.device
     stored = perf_counter()

@@ -87,7 +87,13 @@ def prune(
 
 
 def unprune(model: nn.Module) -> nn.Module:
-    """Takes all marks off `model` in place, so that every weight is alive again, and returns it."""
+    """Takes all marks off `model` in place, so that every weight is alive again, and returns it.
+
+    >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
+    >>> _ = vd.prune(net, threshold=0.1)
+    >>> vd.summary(vd.unprune(net)).rows[0].alive
+    32
+    """
     for site in _converted(model):
         site.noise.mask = None
     return model
