@@ -78,7 +78,7 @@ TOKEN_FUNCTIONS = {
     "mean over tokens": (lambda x: x.mean(1), 6, 4),
     "mean that keeps its dimension": (lambda x: x.mean(1, keepdim=True), 6, 4),
     "sum over tokens": (lambda x: x.sum(1), 6, 6),
-    "sum of zeros over tokens": (lambda x: (x * 0).sum(1), 6, 1),
+    "sum of zeros over tokens": (lambda x: (x - 0.5).relu().sum(1), 6, None),
     "one token": (lambda x: x[:, 0], 6, 4),
     "some tokens": (lambda x: x[:, 1:], 6, 4),
     "one unit": (lambda x: x[:, :, 1], 4, 6),
@@ -90,7 +90,6 @@ TOKEN_FUNCTIONS = {
     "tokens into units": (lambda x: x.flatten(1), 24, 4),
     "units before tokens": (lambda x: x.transpose(1, 2).flatten(1), 24, 4),
     "a split of tokens": (lambda x: x.unflatten(1, (2, 2)), 6, 4),
-    "bits": (lambda x: (x + 1).view(torch.int32).to(x.dtype), 6, 6),
     "maps beside tokens": (lambda x: x @ x.transpose(1, 2), 4, 6),
     "softmax over tokens": (lambda x: x.softmax(1), 6, 6),
 }
@@ -98,7 +97,18 @@ TOKEN_FUNCTIONS = {
 
 @pytest.mark.parametrize(("function", "features", "expected"), TOKEN_FUNCTIONS.values(), ids=TOKEN_FUNCTIONS.keys())
 def test_functions_of_tokens(function, features, expected):
-    assert left(tokens(function, features), TOKENS, batches=(2,)) == expected
+    model = tokens(function, features)
+    if expected is None:
+        with torch.no_grad():
+            model.first.bias[:2] = -0.1
+        expected = 4
+    assert left(model, TOKENS, batches=(2,)) == expected
+
+
+def test_reading_the_bits_of_units_keeps_them():
+    model = tokens(lambda x: x.view(torch.int32).to(x.dtype) * 1e-9)
+    cut(model, TOKENS)
+    assert model.first.out_features == 6
 
 
 def test_units_that_meet_other_dimensions():
@@ -312,3 +322,13 @@ def test_a_module_of_ones_own_between_torch_classes_keeps_what_it_wants_kept():
     assert small.first.out_features == 6
     assert small.last.weight is small.table.weight
     assert done.notes == ("last is kept as it is: table.weight and last.weight are one parameter",)
+
+
+def test_a_single_channel_is_followed_through_a_reshape():
+    model = nn.Sequential(
+        nn.Conv2d(2, 1, 1), nn.Flatten(2), nn.Conv1d(1, 5, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(5 * 36, 2)
+    )
+    kill(model[0], [0])
+    _, small = check(model, IMAGE)
+    assert small[2].out_channels == 1
+    assert small[5].in_features == 36

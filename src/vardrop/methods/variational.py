@@ -56,8 +56,9 @@ class VariationalDropout(WeightMethod):
         )
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
-        log_alpha = cast(MultiplicativeNoise, noise).log_alpha(weight)
-        return noise.masked(F.log_uniform_kl_from_log_alpha(log_alpha, form=self.form)).sum()
+        shared = cast(MultiplicativeNoise, noise)
+        each = F.log_uniform_kl_from_log_alpha(shared.shared_log_alpha, form=self.form)
+        return shared.masked(shared.spread(each, weight)).sum()
 
     def project(self, noise: Noise) -> None:
         with torch.no_grad():

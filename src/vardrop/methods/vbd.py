@@ -79,8 +79,9 @@ class VBD(AdditiveMethod):
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         if self.alpha == "weight":
             return super().kl(noise, weight)
-        log_alpha = cast(MultiplicativeNoise, noise).log_alpha(weight)
-        return noise.masked(F.ard_kl_from_log_alpha(log_alpha)).sum()
+        shared = cast(MultiplicativeNoise, noise)
+        each = F.ard_kl_from_log_alpha(shared.shared_log_alpha)
+        return shared.masked(shared.spread(each, weight)).sum()
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
         """With one alpha for the whole layer log alpha says nothing about a single weight, so nothing dies of it."""

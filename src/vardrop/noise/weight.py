@@ -117,13 +117,15 @@ class MultiplicativeNoise(WeightNoise):
             self.register_buffer("shared_log_alpha", start)
 
     def log_alpha(self, weight: Tensor) -> Tensor:
-        return self._spread(self.shared_log_alpha).expand(weight.shape)
+        return self.spread(self.shared_log_alpha, weight)
 
     def variance(self, weight: Tensor) -> Tensor:
-        return self._spread(self.shared_log_alpha).exp() * at_least_float32(weight).square()
+        return self.spread(self.shared_log_alpha.exp(), weight) * at_least_float32(weight).square()
 
-    def _spread(self, shared: Tensor) -> Tensor:
-        return shared if self.repeats == 1 else shared.repeat_interleave(self.repeats, dim=0)
+    def spread(self, shared: Tensor, weight: Tensor) -> Tensor:
+        """Values that belong to the shared alphas, one for each weight."""
+        each = shared if self.repeats == 1 else shared.repeat_interleave(self.repeats, dim=0)
+        return each.expand(weight.shape)
 
 
 def _shared_shape(weight: Tensor, layout: Layout, sharing: Sharing) -> tuple[int, ...]:
