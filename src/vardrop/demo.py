@@ -102,7 +102,7 @@ def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> Path:
         "seconds": "latency, torch",
         "onnx_seconds": "latency, onnxruntime",
     }
-    figure = matplotlib.figure.Figure(figsize=(7, 3.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for offset, name, colour in ((0.2, "original", "#b8bcc6"), (-0.2, "small", "#2563a8")):
         shares = [rows[name][key] / rows["original"][key] for key in keys]
@@ -119,7 +119,7 @@ def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> Path:
     axes.set_yticks(range(len(keys)), list(reversed(keys.values())))
     axes.set_xlim(0, 1.2)
     axes.set_xlabel("share of the original")
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     path = folder / "demo.png"
     replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=130))

@@ -151,18 +151,14 @@ def _choose(
 
 def _is_convertible(name: str, layer: nn.Module, *, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
-    if type(layer) in NOISY:
-        if isinstance(layer.weight, UninitializedParameter):
-            raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-        return True
-    base = next((kind for kind in NOISY if isinstance(layer, kind)), None)
-    foreign = base is not None and not type(layer).__module__.startswith("torch.nn.modules")
-    if base is not None and isinstance(getattr(layer, "weight", None), UninitializedParameter):
+    kind = next((kind for kind in NOISY if isinstance(layer, kind)), None)
+    if kind is not None and isinstance(layer.weight, UninitializedParameter):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-    if named or foreign:
-        what = f"a subclass of {base.__name__}, which may compute something else" if base else "not supported"
-        if named and not base and next(layer.parameters(), None) is None:
-            return False
+    if type(layer) in NOISY:
+        return True
+    own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
+    if own or (named and next(layer.parameters(), None) is not None):
+        what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
         raise UnsupportedLayerError(
             f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly "
             f"{', '.join(kind.__name__ for kind in NOISY)}; leave it out with exclude={name!r}"
