@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import click
 import typer
@@ -68,6 +68,9 @@ def compress(
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
     validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
+    on_empty: Annotated[
+        Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
+    ] = "keep-best",
     seed: Annotated[int, typer.Option(help="Of the initialisation, the order and the noise")] = 0,
 ) -> None:
     """Train a network under a method, prune it, and make it really smaller.
@@ -94,6 +97,7 @@ def compress(
         validation=validation,
         pretrain=pretrain,
         data_root=data_root,
+        on_empty=on_empty,
     )
     with _progress() as progress:
         result = run(job, out, listeners=_listeners(progress))

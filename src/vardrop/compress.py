@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vardrop.errors import StorageError
+from vardrop.errors import InvalidValueError, StorageError
 from vardrop.files import replace_file
 from vardrop.io import save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters
@@ -50,6 +50,7 @@ class Job:
         validation: training examples set apart to choose by; they are not trained on.
         pretrain: epochs of plain training before the conversion.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
+        on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
     """
 
     net: str
@@ -59,6 +60,11 @@ class Job:
     validation: int = 0
     pretrain: int = 0
     data_root: Path | None = None
+    on_empty: Literal["keep-best", "refuse"] = "keep-best"
+
+    def __post_init__(self) -> None:
+        if self.on_empty not in ("keep-best", "refuse"):
+            raise InvalidValueError(f"on_empty={self.on_empty!r}: must be 'keep-best' or 'refuse'")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def _finish(
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
-    counted = prune(net)
+    counted = prune(net, on_empty=job.on_empty)
     pruned = {**_figures(net, data.test), **_counts(counted)}
     small = compact(net, data.test.x[:2])
     save(net, folder / NOISY, overwrite=True)

@@ -18,7 +18,7 @@ import vardrop as vd
 from vardrop import cli
 from vardrop.cli import make_method
 from vardrop.compress import Job, compress
-from vardrop.errors import InvalidValueError, StorageError
+from vardrop.errors import EmptyLayerWarning, InvalidValueError, StorageError
 from vardrop.evaluate import load_small, read_run
 from vardrop.report import report
 from vardrop.train import Schedule
@@ -164,6 +164,20 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(tmp_path):
     assert "the same command goes on from there" in " ".join(said.split())
     stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert 0 < len(stored["history"]) < 400
+
+
+def test_a_rule_that_kills_a_whole_layer_keeps_its_best_weight_or_refuses_as_asked(tmp_path):
+    command = ["compress", "lenet-300-100", "--epochs", 1, "--set", "threshold=-50", "--out", tmp_path / "run"]
+    refused = vardrop(*command, "--on-empty", "refuse")
+    assert refused.returncode == 1
+    assert "layer '1': all 19200 weights are dead" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.warns(EmptyLayerWarning, match="layer '5': all 1000 weights are dead .* the best one is kept"):
+        kept = vardrop(*command)
+    assert kept.returncode == 0, kept.stderr
+    run = read_run(tmp_path / "run")
+    assert run["pruned"]["alive"] == {"1": 1, "3": 1, "5": 1}
+    assert run["pruned"]["error"] == run["compacted"]["error"]
 
 
 def test_methods_and_help_explain_themselves():
