@@ -146,6 +146,8 @@ def train(
         started = perf_counter()
         elbo.step_epoch()
         batches.set_epoch(epoch)
+        if accelerator.process_index:  # the first process draws on from its stored state, the others draw apart from it
+            torch.manual_seed(schedule.seed + 1_000_003 * epoch + accelerator.process_index)
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(epoch)
         error, nll = _one_epoch(model, batches, optimizer, elbo, accelerator, device, on_step)
@@ -192,7 +194,8 @@ def _one_epoch(
     nll = torch.zeros((), device=device)
     count = 0
     for step, (inputs, labels) in enumerate(batches):
-        x, y = inputs.to(device), labels.to(device)
+        own = slice(accelerator.process_index, None, accelerator.num_processes)
+        x, y = inputs[own].to(device), labels[own].to(device)
         with accelerator.autocast():
             logits = model(x)
         logits = logits.float()
@@ -209,7 +212,10 @@ def _one_epoch(
         nll += elbo.nll * len(y)
         count += len(y)
         on_step()
-    return wrong.item() / count, nll.item() / count
+    wrong, nll, total = accelerator.reduce(
+        torch.stack([wrong, nll, torch.tensor(float(count), device=device)])
+    ).tolist()
+    return wrong / total, nll / total
 
 
 def _culprit(model: nn.Module, x: Tensor) -> str:

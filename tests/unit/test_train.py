@@ -210,3 +210,27 @@ def test_tensorboard_logs_are_written(tmp_path):
     while time.monotonic() < deadline and not list(tmp_path.rglob("events.out.tfevents*")):
         time.sleep(0.1)
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_two_processes_share_every_minibatch_and_keep_the_same_weights(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_train as t
+        net = t.fresh()
+        history = t.run(t.Path({str(tmp_path / "run")!r}), net)
+        total = sum(value.double().sum() for value in net.state_dict().values())
+        print(f"rank {{os.environ['RANK']}}: {{history[-1].train_nll!r}} {{total.item()!r}}", flush=True)
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ") for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert len(said) == 2 and said["rank 0"] == said["rank 1"]
+    alone = fresh()
+    history = run(tmp_path / "alone", alone)
+    assert abs(float(said["rank 0"].split()[0]) - history[-1].train_nll) < 0.1
