@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from vardrop.errors import ConversionError, MissingExtraError, StorageError
+from vardrop.errors import ConversionError, InvalidValueError, MissingExtraError, StorageError
 from vardrop.files import replace_file
 from vardrop.sites import sites
+from vardrop.surgery.convert import strip
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 
@@ -22,15 +26,18 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-4
 def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
     """Writes `model` as ONNX file `path`, with a free batch size, and checks it in onnxruntime first.
 
-    The model is exported in eval mode; a converted one as its deterministic, pruned network.
+    What is exported is the model in eval mode; of a converted one its deterministic, pruned network. The file's
+    outputs must be those of torch, to 1e-4 of the largest, on the example and on a batch one longer.
 
     Args:
-        model: plain, compacted or converted.
+        model: plain, compacted or converted; it is left as it is.
         path: the file to write.
         example_inputs: one tensor, or a tuple of them; the first dimension of each is the batch.
 
     Raises:
-        ConversionError: the noise of the model is switched on.
+        InvalidValueError: `example_inputs` holds something else than tensors with a batch dimension.
+        ConversionError: the noise of the model is switched on, the model does not run on such inputs (or on a batch
+            one longer), or torch cannot export it.
         StorageError: onnxruntime gives other outputs, or the file cannot be written.
         MissingExtraError: the extra ``onnx`` is not installed.
 
@@ -46,44 +53,70 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("export to ONNX", "onnx") from error
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs):
+        raise InvalidValueError(
+            f"example_inputs={example_inputs!r:.80}: must be a tensor or a tuple of tensors, each with a batch of at "
+            "least one as its first dimension"
+        )
     if any(site.noise.on for site in sites(model)):
         raise ConversionError("the noise of the model is switched on: call vardrop.noise(model, on=None) before export")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    path = Path(path)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    plain = strip(deepcopy(model)).eval()
+    longer = tuple(torch.cat([x, x[:1]]) for x in inputs)
+    expected = [(batch, _outputs(plain, batch)) for batch in (inputs, longer)]
+    program = _export(plain, longer)
+
+    def write(aside: Path) -> None:
+        with _quiet():
+            program.save(str(aside), external_data=False)
+        runner = onnxruntime.InferenceSession(str(aside), providers=["CPUExecutionProvider"])
+        for batch, outputs in expected:
+            for difference in _differences(runner, batch, outputs):
+                if not difference <= LARGEST_RELATIVE_DIFFERENCE:
+                    raise StorageError(f"onnxruntime differs from torch by {difference:.2e} of the largest output")
+
+    replace_file(Path(path), write)
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     try:
         with torch.no_grad():
-            expected = model(*inputs)
-        replace_file(path, lambda aside: _write(model, inputs, aside, expected, onnxruntime))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+            return [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ConversionError(f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}") from error
 
 
-def _write(model: nn.Module, inputs: tuple[Tensor, ...], path: Path, expected: Tensor, onnxruntime: object) -> None:
-    batch = torch.export.Dim.DYNAMIC
-    shapes = tuple({0: batch} for _ in inputs)
-    many = tuple(x if len(x) > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in inputs)
-    with _quiet():
-        program = torch.onnx.export(model, many, dynamo=True, dynamic_shapes=shapes, verbose=False)
-        assert program is not None  # as it is whenever no path is given
-        program.save(str(path), external_data=False)
-    runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])  # type: ignore[attr-defined]
-    feed = {slot.name: x.numpy() for slot, x in zip(runner.get_inputs(), inputs, strict=True)}
-    found = torch.as_tensor(runner.run(None, feed)[0])
-    difference = float((found - expected).abs().max())
-    if not difference <= LARGEST_RELATIVE_DIFFERENCE * max(1.0, float(expected.abs().max())):
-        raise StorageError(f"{path.name}: onnxruntime differs from torch by {difference:.2e}, so the file is not kept")
+def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    try:
+        with _quiet():
+            return torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    except RuntimeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0]
+        raise ConversionError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
+
+
+def _differences(runner: Any, inputs: tuple[Tensor, ...], expected: list[Tensor]) -> list[float]:
+    """For each output the largest difference, relative to its largest number or to 1; infinite if shapes differ."""
+    feed = {slot.name: x.cpu().numpy() for slot, x in zip(runner.get_inputs(), inputs, strict=True)}
+    found = [torch.as_tensor(output).double() for output in runner.run(None, feed)]
+    if [output.shape for output in found] != [output.shape for output in expected]:
+        return [math.inf]
+    return [float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, expected, strict=True)]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks on stdout, in warnings and in the log; nothing of it helps a user."""
+    """The exporter talks in warnings and in the log; nothing of it helps a user."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

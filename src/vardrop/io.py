@@ -6,11 +6,14 @@ compaction may have cut, so that a compacted model is rebuilt from the code of t
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.parameter import is_lazy
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
+from vardrop.noise import Noise
 from vardrop.sites import sites
 from vardrop.surgery.convert import convert
+from vardrop.surgery.reading import LAYERS, NORMS
 
 FORMAT = 1
 TENSORS = "model.safetensors"
@@ -37,6 +44,9 @@ DIMENSIONS = (
     "num_features",
     "num_parameters",
 )
+RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, nn.PReLU)
+HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
+LISTED = 8
 
 
 def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrite: bool = False) -> None:
@@ -45,11 +55,13 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     Args:
         model: the model; its class is not stored, :func:`load` gets it from code.
         folder: made new, in one stroke: it holds the whole model or does not exist.
-        sparse: store each weight as CSR (row starts, columns, values) where that takes fewer bytes.
+        sparse: store each weight as CSR (row starts, columns, values) where that takes fewer bytes; every number
+            comes back exactly, but a zero without its sign.
         overwrite: replace a model stored there earlier.
 
     Raises:
-        StorageError: `folder` holds something, or cannot be written; what was there before is unharmed.
+        StorageError: `folder` holds something, or cannot be written, or the state of `model` holds something else
+            than dense tensors; what was in `folder` before is unharmed.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / "small"
@@ -58,19 +70,21 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     torch.Size([2, 4])
     """
     folder = Path(folder)
-    if folder.exists() and not (overwrite and is_model_folder(folder)):
-        what = "a stored model: pass overwrite=True to replace it" if is_model_folder(folder) else "something else"
-        raise StorageError(f"{folder} exists and holds {what}")
+    if is_model_folder(folder):
+        if not overwrite:
+            raise StorageError(f"{folder} exists and holds a stored model: pass overwrite=True to replace it")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise StorageError(f"{folder} exists and holds something else: choose an empty or a new folder")
+    noisy = _methods(model)
     tensors, aliases = _tensors(model)
     record = {
         "format": FORMAT,
+        "vardrop": _version(),
         "torch": torch.__version__,
         "aliases": aliases,
-        "layers": {name: _dimensions(module) for name, module in model.named_modules() if _dimensions(module)},
+        "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if isinstance(layer, RESIZABLE)},
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "methods": {
-            site.name: {"name": site.method.command_name(), "fields": asdict(site.method)} for site in sites(model)
-        },
+        "methods": {name: {"name": used.command_name(), "fields": asdict(used)} for name, used in noisy.items()},
     }
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -79,7 +93,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
 
 
 def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
-    """The model stored in `folder`.
+    """The model stored in `folder`, in the mode and on the device that `build` gives, in the data type stored.
 
     Args:
         folder: written by :func:`save`.
@@ -97,19 +111,17 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     """
     folder = Path(folder)
     record, tensors = _read(folder)
-    model = build() if callable(build) else None
+    model = build() if callable(build) and not isinstance(build, nn.Module) else None
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
-    modules = dict(model.named_modules())
-    foreign = sorted(set(record["layers"]) - set(modules))
-    if foreign:
-        raise StorageError(f"{folder} holds a layer {foreign[0]!r}, which the built {type(model).__name__} lacks")
-    for name, dimensions in record["layers"].items():
-        _cut(modules[name], name, dimensions, tensors)
-    if record["methods"]:
-        convert(model, {name: _method(entry) for name, entry in record["methods"].items()})
     state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
+    noisy = {name: _method(folder, entry) for name, entry in record["methods"].items()}
+    _check_fits(folder, model, record, _without_noise(state, noisy))
+    _resize(model, record["layers"], state)
+    if noisy:
+        convert(model, {glob.escape(name): method for name, method in noisy.items()})
     _check_same(folder, model, state)
+    _fit(model, state)
     model.load_state_dict(state)
     return model
 
@@ -120,29 +132,74 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def size_on_disk(folder: str | Path) -> int:
-    """Bytes of all files in `folder`."""
+    """Bytes of all files in `folder`.
+
+    Raises:
+        StorageError: there is no such folder.
+
+    >>> import tempfile, pathlib
+    >>> from vardrop.io import size_on_disk
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "five").write_text("bytes")
+    >>> size_on_disk(folder)
+    5
+    """
+    if not Path(folder).is_dir():
+        raise StorageError(f"{folder} is not a folder, so it has no size on disk")
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _methods(model: nn.Module) -> dict[str, Method]:
+    """The method of every noisy layer, also where two layers share one noise."""
+    by_noise = {site.noise: site.method for site in sites(model)}
+    return {name: by_noise[noise] for name, _, noise in _noisy_layers(model)}
+
+
+def _noisy_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
+    for name, layer in model.named_modules():
+        noise = layer._modules.get("noise")
+        if isinstance(noise, Noise):
+            yield name, layer, noise
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of the state once, and the further names of tied ones."""
-    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    aliases = _aliases(state)
+    for name, tensor in state.items():
+        if name in aliases:
+            continue
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            raise StorageError(f"{name!r} in the state of the model is no dense tensor with values: {tensor!r:.80}")
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
     return tensors, aliases
 
 
-def _dimensions(module: nn.Module) -> dict[str, Any]:
-    found = {name: getattr(module, name) for name in DIMENSIONS if isinstance(getattr(module, name, None), int)}
-    if found:
-        found["bias"] = getattr(module, "bias", None) is not None
-    return found
+def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """From the second and further names of each tensor to its first."""
+    first: dict[int, str] = {}
+    return {name: first[id(tensor)] for name, tensor in state.items() if first.setdefault(id(tensor), name) != name}
+
+
+def _dimensions(layer: nn.Module) -> dict[str, Any]:
+    return {
+        "type": _kind(layer),
+        **{name: getattr(layer, name) for name in DIMENSIONS if hasattr(layer, name)},
+        "bias": getattr(layer, "bias", None) is not None,
+    }
+
+
+def _kind(layer: nn.Module) -> str:
+    """The torch class that `layer` is, or descends from."""
+    return next((kind.__name__ for kind in RESIZABLE if isinstance(layer, kind)), type(layer).__name__)
+
+
+def _version() -> str | None:
+    try:
+        return version("vardrop")
+    except PackageNotFoundError:
+        return None
 
 
 def _as_csr(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -151,7 +208,7 @@ def _as_csr(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         return None
     matrix = tensor.flatten(1)
     alive = matrix != 0
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), alive.sum(dim=1).cumsum(0)])
+    starts = pad(alive.sum(dim=1).cumsum(0), (1, 0))
     columns = alive.nonzero()[:, 1]
     parts = {
         f"{name}{CSR}starts": _narrow(starts),
@@ -170,29 +227,36 @@ def _narrow(integers: Tensor) -> Tensor:
     return integers.to(kind)
 
 
-def _from_csr(starts: Tensor, columns: Tensor, values: Tensor, shape: list[int]) -> Tensor:
-    rows = torch.repeat_interleave(torch.arange(shape[0]), starts.long().diff())
-    dense = torch.zeros(shape, dtype=values.dtype)
+def _from_csr(parts: list[Tensor], shape: list[int]) -> Tensor:
+    starts, columns, values = parts
+    rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.long().diff())
+    dense = torch.zeros(shape, dtype=values.dtype, device="cpu")
     dense.flatten(1)[rows, columns.long()] = values
     return dense
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Fills a folder beside `folder`, then renames it."""
+    """Fills a folder beside `folder`, then renames it; the old one is put back where that fails."""
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        save_file(tensors, aside / TENSORS)
-        (aside / RECORD).write_text(json.dumps(record, indent=1))
-        aside.chmod(0o755)
+        new, old = aside / "new", aside / "old"
+        new.mkdir()
+        (new / RECORD).write_text(json.dumps(record, indent=1))
+        save_file(tensors, new / TENSORS)
+        (new / TENSORS).chmod((new / RECORD).stat().st_mode)
+        for path in new.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
-            old = aside.with_suffix(".old")
             folder.rename(old)
-            aside.rename(folder)
-            shutil.rmtree(old)
-        else:
-            aside.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder} could not be written ({error}); what was there before is unharmed") from error
     finally:
@@ -207,74 +271,157 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         record = json.loads((folder / RECORD).read_text())
         kind = record["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{folder / RECORD} is not a record of vardrop.save ({error})") from error
     if kind != FORMAT:
-        raise StorageError(f"{folder / RECORD} has format {kind!r}, this version reads format {FORMAT}")
+        newer = ": update vardrop" if isinstance(kind, int) and kind > FORMAT else ""
+        raise StorageError(f"{folder / RECORD} has format {kind!r}, this version reads format {FORMAT}{newer}")
+    for key in ("aliases", "layers", "dense_shapes", "methods"):
+        if not isinstance(record.get(key), dict):
+            raise StorageError(f"{folder / RECORD} is damaged: it has no table {key!r}")
+    astray = sorted(set(record["aliases"].values()) - set(record["dense_shapes"]))
+    if astray:
+        raise StorageError(f"{folder / RECORD} is damaged: nothing called {astray[0]!r} is stored to be tied to")
     try:
         stored = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{folder / TENSORS} is truncated or not a safetensors file ({error})") from error
-    tensors = {}
-    for name, shape in record["dense_shapes"].items():
-        starts, columns, values = (stored.get(f"{name}{CSR}{part}") for part in ("starts", "columns", "values"))
-        if starts is not None and columns is not None and values is not None:
-            tensors[name] = _from_csr(starts, columns, values, shape)
-        elif name in stored:
-            tensors[name] = stored[name]
-        else:
-            raise StorageError(f"{folder / TENSORS} lacks the tensor {name!r}")
-    return record, tensors
+    return record, {name: _dense(folder, name, shape, stored) for name, shape in record["dense_shapes"].items()}
 
 
-def _cut(module: nn.Module, name: str, dimensions: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Gives `module` the stored dimensions, with new, still empty parameters where a shape differs."""
-    for key, value in dimensions.items():
-        if key != "bias":
-            if not hasattr(module, key):
-                raise StorageError(f"layer {name!r} is a {type(module).__name__} without {key}, unlike the stored one")
-            setattr(module, key, value)
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        full = f"{name}.{key}" if name else key
-        old = getattr(module, key, None)
-        stored = tensors.get(full)
-        if stored is None or (isinstance(old, Tensor) and old.shape == stored.shape):
-            continue
-        if isinstance(old, nn.Parameter) or key in module._parameters:
-            if old is not None and not _is_cut_of(stored, old):
-                raise StorageError(
-                    f"layer {name!r}: the stored {key} has shape {tuple(stored.shape)}, which is no cut of the built "
-                    f"one, {tuple(old.shape)}: the model is of another architecture"
-                )
-            dtype = stored.dtype if old is None else old.dtype
-            setattr(module, key, nn.Parameter(torch.empty(stored.shape, dtype=dtype)))
-        elif isinstance(old, Tensor):
-            setattr(module, key, torch.empty(stored.shape, dtype=old.dtype))
+def _dense(folder: Path, name: str, shape: list[int], stored: dict[str, Tensor]) -> Tensor:
+    """The tensor `name` from among the `stored` ones, made dense if it is in parts."""
+    parts = [stored[key] for part in ("starts", "columns", "values") if (key := f"{name}{CSR}{part}") in stored]
+    if name not in stored and len(parts) < 3:
+        raise StorageError(f"{folder / TENSORS} lacks the tensor {name!r}")
+    try:
+        tensor = stored[name] if name in stored else _from_csr(parts, shape)
+    except (RuntimeError, IndexError) as error:
+        raise StorageError(f"{folder / TENSORS} is damaged: {name!r} is no CSR matrix ({error})") from error
+    if list(tensor.shape) != shape:
+        raise StorageError(f"{folder} is damaged: {name!r} has shape {list(tensor.shape)}, its record says {shape}")
+    return tensor
 
 
-def _is_cut_of(stored: Tensor, built: Tensor) -> bool:
-    """Whether units may have been taken from `built` to get `stored`: fewer of the first two axes, the rest alike."""
-    if stored.dim() != built.dim() or stored.shape[2:] != built.shape[2:]:
-        return False
-    return all(small <= large for small, large in zip(stored.shape[:2], built.shape[:2], strict=True))
-
-
-def _method(entry: dict[str, Any]) -> Method:
-    known = methods()
+def _method(folder: Path, entry: dict[str, Any]) -> Method:
+    """The method of a stored layer: vardrop's, or one's own once its module is imported."""
+    kinds: list[type[Method]] = [Method]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    known = {kind.command_name(): kind for kind in kinds} | methods()
     if entry["name"] not in known:
-        raise StorageError(f"the stored model uses the method {entry['name']!r}; known are: {', '.join(known)}")
-    return known[entry["name"]](**entry["fields"])
+        raise StorageError(
+            f"the stored model uses the method {entry['name']!r}; known are: {', '.join(methods())}, and those of "
+            "one's own whose module is imported"
+        )
+    try:
+        return known[entry["name"]](**entry["fields"])
+    except (TypeError, InvalidValueError) as error:
+        raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
+
+
+def _without_noise(state: dict[str, Tensor], noisy: dict[str, Method]) -> dict[str, Tensor]:
+    prefixes = tuple(f"{name}.noise." if name else "noise." for name in noisy)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+
+
+def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: dict[str, Tensor]) -> None:
+    """Raises where the plain tensors `stored` are no cut of the built `model`; nothing is changed yet."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    built: dict[str, Tensor] = model.state_dict()
+    faults = []
+    for name, layer in record["layers"].items():
+        if name not in modules:
+            raise StorageError(f"{folder} holds a layer {name!r}, which the built {type(model).__name__} lacks")
+        kind = _kind(modules[name])
+        if layer.get("type", kind) != kind:
+            faults.append(f"{name or '(model)'}: stored a {layer['type']}, built a {kind}")
+    for name in sorted(built.keys() | stored.keys()):
+        parent, _, attribute = name.rpartition(".")
+        if name in built and name in stored:
+            there, here = tuple(stored[name].shape), tuple(built[name].shape)
+            if not _is_cut(there, here, modules[parent]):
+                faults.append(
+                    f"{name}: the stored {attribute} has shape {there}, which is no cut of the built one, {here}"
+                )
+        elif name in built:
+            faults.append(f"{name}: stored not at all, built {tuple(built[name].shape)}")
+        elif attribute != "bias" or not isinstance(modules.get(parent), LAYERS):
+            faults.append(f"{name}: stored {tuple(stored[name].shape)}, built not at all")
+    _refuse(folder, [*faults, *_ties_apart(model, record["aliases"])])
+
+
+def _ties_apart(model: nn.Module, stored: dict[str, str]) -> list[str]:
+    """Parameters of the built `model` that are tied in another way than the stored ones."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    built = _aliases(parameters)
+    faults = []
+    for name in parameters:
+        if built.get(name) != stored.get(name):
+            there, here = (f"tied to {ties[name]}" if name in ties else "on its own" for ties in (stored, built))
+            faults.append(f"{name}: stored {there}, built {here}")
+    return faults
+
+
+def _is_cut(stored: tuple[int, ...], built: tuple[int, ...], owner: nn.Module) -> bool:
+    """Whether units may have been taken from a tensor of shape `built` in `owner` to get the shape `stored`."""
+    if stored == built:
+        return True
+    if len(stored) != len(built) or any(small > large for small, large in zip(stored, built, strict=True)):
+        return False
+    if isinstance(owner, RESIZABLE):
+        return stored[2:] == built[2:]
+    return {base for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.modules.")} <= HOLDERS
+
+
+def _resize(model: nn.Module, layers: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Gives the layers of `model` the stored dimensions, with still empty parameters where they differ."""
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        module = modules[name]
+        for key in DIMENSIONS:
+            if key in layer and getattr(module, key) != layer[key]:
+                setattr(module, key, layer[key])
+        bias = state.get(f"{name}.bias" if name else "bias")
+        if bias is not None and module._parameters.get("bias", bias) is None:
+            like = module.get_parameter("weight")
+            module.bias = nn.Parameter(torch.empty_like(bias, device=like.device), requires_grad=like.requires_grad)
+    _fit(model, state)
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Makes room in `model` for tensors of other shapes and types; a parameter stays the one it is, and tied."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = state.get(name)
+        if stored is None or (stored.shape == tensor.shape and stored.dtype == tensor.dtype):
+            continue
+        room = torch.empty_like(stored, device=tensor.device)
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = room
+        else:
+            parent, _, attribute = name.rpartition(".")
+            setattr(owners[parent], attribute, room)
 
 
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Names and shapes of the built model against the stored ones, before anything is loaded."""
+    """Names and shapes of the built, cut and converted `model` against the stored ones, before values are set."""
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("noise.mask")}
-    differing = [name for name in sorted(built.keys() | stored.keys()) if built.get(name) != stored.get(name)]
-    if differing:
-        lines = [
-            f"  {name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"
-            for name in differing[:8]
-        ]
-        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise StorageError(f"{folder} holds a model of another architecture:\n" + "\n".join(lines) + more)
+    for name, layer, _ in _noisy_layers(model):
+        mask = f"{name}.noise.mask" if name else "noise.mask"
+        if mask in state:
+            built[mask] = tuple(layer.get_parameter("weight").shape)
+    stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    faults = [
+        f"{name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"
+        for name in sorted(built.keys() | stored.keys())
+        if built.get(name) != stored.get(name)
+    ]
+    _refuse(folder, faults)
+
+
+def _refuse(folder: Path, faults: list[str]) -> None:
+    if faults:
+        more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+        lines = "\n".join(f"  {fault}" for fault in [*faults[:LISTED], *more])
+        raise StorageError(f"{folder} holds a model of another architecture:\n{lines}")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
-from vardrop.sites import sites
+from vardrop.sites import Site, sites
 
 Inputs = Tensor | tuple[Tensor, ...]
+Candidate = nn.Module | Callable[[], object]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -24,11 +28,11 @@ def count_parameters(model: nn.Module) -> int:
     >>> count_parameters(torch.nn.Linear(4, 2))
     10
     """
-    return sum(parameter.numel() for parameter in _parameters(model))
+    return sum(parameter.numel() for parameter in _without_noise(model, model.parameters()))
 
 
 def count_nonzero(model: nn.Module) -> int:
-    """Numbers other than zero in all parameters of `model`, noise not counted.
+    """Numbers other than zero in all parameters of `model`; noise and weights marked dead not counted.
 
     >>> from vardrop.measure import count_nonzero
     >>> layer = torch.nn.Linear(4, 2)
@@ -36,26 +40,43 @@ def count_nonzero(model: nn.Module) -> int:
     >>> count_nonzero(layer)
     8
     """
-    return sum(int(parameter.count_nonzero()) for parameter in _parameters(model))
+    noise = {site.weight: site.noise for site in sites(model)}
+    with torch.no_grad():
+        return sum(
+            int((noise[parameter].masked(parameter) if parameter in noise else parameter).count_nonzero())
+            for parameter in _without_noise(model, model.parameters())
+        )
 
 
 def flops(model: nn.Module, example_inputs: Inputs) -> int:
     """Floating-point operations of one pass in eval mode: matrix products and convolutions, multiply and add apart.
 
+    Zeros count like other numbers, so this is what dense arithmetic costs. Elementwise operations do not count.
+
     >>> from vardrop.measure import flops
     >>> flops(torch.nn.Linear(4, 2), torch.ones(1, 4))
     16
     """
-    training = model.training
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(*_as_tuple(example_inputs))
-    model.train(training)
+    with torch.no_grad(), _eval([model]), _in_plain_operations(), counter:
+        model(*_as_tuple(example_inputs))
     return int(counter.get_total_flops())
 
 
+def latency(
+    candidate: Candidate, example_inputs: Inputs | None = None, *, repeats: int = 200, threads: int = 1
+) -> float:
+    """Median seconds of a call of one `candidate`; to compare several, take :func:`latencies`.
+
+    >>> from vardrop.measure import latency
+    >>> latency(torch.nn.Linear(4, 2), torch.ones(1, 4), repeats=3) > 0
+    True
+    """
+    return latencies({"": candidate}, example_inputs, repeats=repeats, threads=threads)[""]
+
+
 def latencies(
-    candidates: Mapping[str, nn.Module | Callable[[], object]],
+    candidates: Mapping[str, Candidate],
     example_inputs: Inputs | None = None,
     *,
     repeats: int = 200,
@@ -65,9 +86,12 @@ def latencies(
 
     Args:
         candidates: modules, called in eval mode on `example_inputs`, or functions without arguments.
-        example_inputs: one tensor or a tuple of them.
+        example_inputs: one tensor or a tuple of them; where they lie on an accelerator, its work is waited for.
         repeats: timed rounds after a tenth as many untimed ones.
         threads: threads of torch; functions see to their own.
+
+    Raises:
+        InvalidValueError: `repeats` or `threads` is below 1, or there is a module but no `example_inputs`.
 
     >>> from vardrop.measure import latencies
     >>> layer = torch.nn.Linear(4, 2)
@@ -77,15 +101,18 @@ def latencies(
     if repeats < 1 or threads < 1:
         raise InvalidValueError(f"repeats={repeats}, threads={threads}: must both be at least 1")
     calls = {name: _as_call(candidate, example_inputs) for name, candidate in candidates.items()}
+    wait = example_inputs is not None and any(not x.is_cpu for x in _as_tuple(example_inputs))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _eval(c for c in candidates.values() if isinstance(c, nn.Module)):
             for turn in range(-max(1, repeats // 10), repeats):
                 for name, call in calls.items():
                     started = perf_counter()
                     call()
+                    if wait:
+                        torch.accelerator.synchronize()
                     if turn >= 0:
                         seconds[name].append(perf_counter() - started)
     finally:
@@ -95,7 +122,7 @@ def latencies(
 
 @dataclass(frozen=True)
 class Row:
-    """One layer with weights; `kl`, in nats, and `log_alpha`, the mean of log alpha, are ``None`` without noise."""
+    """One weight. `kl` is in nats; it and `log_alpha`, the mean of log alpha, are ``None`` without noise."""
 
     name: str
     kind: str
@@ -108,10 +135,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model layer by layer; printing it gives a table.
+    """A model weight by weight; printing it gives a table.
 
     `flops` are those of one pass over the example inputs, dense, as :func:`flops` counts them; ``None`` if there were
-    no example inputs. `tensor_bytes` is the size of all parameters and buffers but the noise.
+    no example inputs. `tensor_bytes` is the size of all parameters and buffers but the noise, tied ones once.
     """
 
     rows: list[Row]
@@ -121,8 +148,13 @@ class Summary:
 
     @property
     def compression(self) -> float:
-        """``|W| / |W != 0|`` over the weights listed, biases not counted (arXiv:1811.00596)."""
-        return sum(row.total for row in self.rows) / max(1, sum(row.alive for row in self.rows))
+        """``|W| / |W != 0|`` over the weights of the converted layers, biases not counted (arXiv:1811.00596).
+
+        Of a plain model over all weights listed. Infinite if all are dead, one if there are none.
+        """
+        rows = [row for row in self.rows if row.kl is not None] or self.rows
+        alive, total = sum(row.alive for row in rows), sum(row.total for row in rows)
+        return total / alive if alive else math.inf if total else 1.0
 
     def __str__(self) -> str:
         head = ("layer", "kind", "shape", "alive", "of", "KL, nats", "mean log alpha")
@@ -156,53 +188,91 @@ class Summary:
 
 
 def summary(model: nn.Module, *, example_inputs: Inputs | None = None) -> Summary:
-    """What each layer of `model`, converted or plain, has left: live weights, KL, log alpha; and what all weighs.
+    """What each weight of `model`, converted or plain, has left: live numbers, KL, log alpha; and what all weighs.
 
-    In a plain model a weight is alive when it is not zero.
+    A weight is a parameter of two or more dimensions; a tied one is listed once. A number in a converted layer is
+    alive until :func:`vardrop.prune` marks it dead, in a plain layer as long as it is not zero.
 
     >>> net = vd.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)), vd.ARD())
     >>> print(vd.summary(net, example_inputs=torch.ones(1, 4)).rows[0].total)
     8
     """
-    noisy = {site.layer: site for site in sites(model)}
-    rows = []
-    for name, layer in model.named_modules():
-        weight = layer._parameters.get("weight")
-        if weight is None or weight.dim() < 2:
-            continue
-        site = noisy.get(layer)
-        kind = type(layer).__name__.removeprefix("Noisy") if site else type(layer).__name__
-        shape = tuple(weight.shape)
-        if site is None:
-            rows.append(Row(name, kind, shape, int(weight.count_nonzero()), weight.numel(), None, None))
-            continue
-        alive = weight.numel() if site.noise.mask is None else int(site.noise.mask.sum())
-        with torch.no_grad():
-            log_alpha = site.noise.log_alpha(weight)
-            kl = float(site.method.kl(site.noise, weight))
-        mean = None if log_alpha is None else float(log_alpha.double().mean())
-        rows.append(Row(name, kind, shape, alive, weight.numel(), kl, mean))
-    kept = [tensor for name, tensor in model.state_dict().items() if "noise." not in name]
+    noisy = {site.weight: site for site in sites(model)}
+    weights = dict(_weights(model))
     return Summary(
-        rows=rows,
+        rows=[_row(name, owner, weight, noisy.get(weight)) for weight, (name, owner) in weights.items()],
         parameters=count_parameters(model),
-        tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in kept),
+        tensor_bytes=sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in _without_noise(model, [*model.parameters(), *model.buffers()])
+        ),
         flops=None if example_inputs is None else flops(model, example_inputs),
     )
 
 
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if "noise." not in name]
+def _weights(model: nn.Module) -> Iterator[tuple[Tensor, tuple[str, nn.Module]]]:
+    """Each weight with the name it is listed by and the module it belongs to; a ``weight`` goes by its layer's name."""
+    kept = set(_without_noise(model, model.parameters()))
+    for name, parameter in model.named_parameters():
+        if parameter in kept and parameter.dim() >= 2:
+            parent, _, attribute = name.rpartition(".")
+            yield parameter, (parent if attribute == "weight" else name, model.get_submodule(parent))
+
+
+def _row(name: str, owner: nn.Module, weight: Tensor, site: Site | None) -> Row:
+    kind, shape, total = type(owner).__name__, tuple(weight.shape), weight.numel()
+    if site is None:
+        return Row(name, kind, shape, int(weight.count_nonzero()), total, None, None)
+    alive = total if site.noise.mask is None else int(site.noise.mask.sum())
+    with torch.no_grad():
+        log_alpha = site.noise.log_alpha(weight)
+        kl = float(site.method.kl(site.noise, weight))
+    mean = None if log_alpha is None else float(log_alpha.double().mean())
+    return Row(name, kind.removeprefix("Noisy"), shape, alive, total, kl, mean)
+
+
+def _without_noise(model: nn.Module, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of `tensors` that are no parameters or buffers of a noise, each once."""
+    noise = {tensor for site in sites(model) for tensor in (*site.noise.parameters(), *site.noise.buffers())}
+    return [tensor for tensor in dict.fromkeys(tensors) if tensor not in noise]
+
+
+@contextmanager
+def _eval(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts `models` into eval mode, and each of their modules back into its own mode afterwards."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _in_plain_operations() -> Iterator[None]:
+    """Without the fused forms of attention and recurrence, in which torch's counter does not see all products."""
+    mkldnn, cudnn, mha = torch.backends.mkldnn, torch.backends.cudnn, torch.backends.mha
+    before = mkldnn.enabled, cudnn.enabled, mha.get_fastpath_enabled()
+    mkldnn.enabled, cudnn.enabled = False, False  # type: ignore[assignment]
+    mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mkldnn.enabled, cudnn.enabled = before[:2]
+        mha.set_fastpath_enabled(before[2])
 
 
 def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
     return (inputs,) if isinstance(inputs, Tensor) else inputs
 
 
-def _as_call(candidate: nn.Module | Callable[[], object], inputs: Inputs | None) -> Callable[[], object]:
+def _as_call(candidate: Candidate, inputs: Inputs | None) -> Callable[[], object]:
     if not isinstance(candidate, nn.Module):
         return candidate
     if inputs is None:
         raise InvalidValueError("example_inputs=None: a module needs example inputs to be timed on")
-    module, arguments = candidate.eval(), _as_tuple(inputs)
-    return lambda: module(*arguments)
+    arguments = _as_tuple(inputs)
+    return lambda: candidate(*arguments)
