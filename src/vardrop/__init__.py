@@ -9,6 +9,7 @@ from vardrop.cite import cite as cite
 from vardrop.elbo import ELBO as ELBO
 from vardrop.elbo import kl as kl
 from vardrop.export import export_onnx as export_onnx
+from vardrop.fast import fast as fast
 from vardrop.io import load as load
 from vardrop.io import save as save
 from vardrop.measure import summary as summary

@@ -47,3 +47,7 @@ class MissingExtraError(VardropError, ImportError):
 
 class EmptyLayerWarning(UserWarning):
     """Pruning would have emptied a layer, so its best site was kept."""
+
+
+class FastPathWarning(UserWarning):
+    """A part of the fast path is not to be had on this machine, so the plain one does its work."""

@@ -48,4 +48,6 @@ class AdditiveMethod(WeightMethod):
         )
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
-        return noise.masked(self.divergence(weight, cast(AdditiveNoise, noise).log_std)).sum()
+        additive = cast(AdditiveNoise, noise)
+        price = additive.take_price(weight)
+        return noise.masked(self.divergence(weight, additive.log_std)).sum() if price is None else price

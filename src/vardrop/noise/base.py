@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vardrop.fused import Fast
 from vardrop.lrt import Operation
 
 
@@ -25,6 +26,7 @@ class Noise(nn.Module):
         on: ``True`` or ``False`` forces the noise; ``None`` follows ``training``, as dropout does.
         mask: boolean, of the weight's shape: what :func:`vardrop.prune` left alive; ``None`` while unpruned.
         generator: source of the draws; ``None`` for torch's default generator.
+        fast: how the fast path computes; ``None`` for the plain reference.
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
     """
 
@@ -34,6 +36,7 @@ class Noise(nn.Module):
         super().__init__()
         self.on: bool | None = None
         self.generator: torch.Generator | None = None
+        self.fast: Fast | None = None
         self.method: Any = None
         self.register_buffer("mask", None)
 

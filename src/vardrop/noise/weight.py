@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vardrop import functional as F
+from vardrop import fused
 from vardrop.lrt import Operation, at_least_float32, local_sample, weight_sample
 from vardrop.noise.base import Layout, Noise
 
@@ -31,17 +32,21 @@ class WeightNoise(Noise):
         """``log(variance / mean^2)`` of each weight, for reports and pruning rules."""
         raise NotImplementedError(f"{type(self).__name__} must give the log alpha of its weights")
 
-    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
-        """The mean that a noisy pass uses."""
-        return weight
+    def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each weight in a noisy pass, zero where it is dead."""
+        return self.masked(weight), self.masked(self.variance(weight))
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.active:
             return operation(x, self.masked(weight), bias)
-        variance = self.variance(weight)
-        mean = self.masked(self.noisy_mean(weight, variance))
-        sample = local_sample if self.sampling == "local" else weight_sample
-        return sample(operation, x, mean, self.masked(variance), bias, generator=self.generator)
+        mean, variance = self.moments(weight)
+        if self.sampling == "weight":
+            return weight_sample(operation, x, mean, variance, bias, generator=self.generator)
+        if self.fast is None or torch.compiler.is_compiling():
+            return local_sample(operation, x, mean, variance, bias, generator=self.generator)
+        variance = variance.to(self.fast.narrow(weight))
+        compiled = self.fast.compiled
+        return fused.local_sample(operation, x, mean, variance, bias, compiled=compiled, generator=self.generator)
 
 
 class AdditiveNoise(WeightNoise):
@@ -66,6 +71,7 @@ class AdditiveNoise(WeightNoise):
     ) -> None:
         super().__init__(sampling)
         self.clip_log_alpha = clip_log_alpha
+        self._price: tuple[Tensor, tuple[int, ...]] | None = None
         start = torch.full_like(at_least_float32(weight.detach()), init_log_std)
         if init_spread:
             start += init_spread * torch.randn_like(start)
@@ -77,11 +83,35 @@ class AdditiveNoise(WeightNoise):
     def log_alpha(self, weight: Tensor) -> Tensor:
         return F.log_alpha(weight, self.log_std)
 
-    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
+    def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        fast = self.fast
+        joined = fast is not None and fast.compiled and self.sampling == "local" and torch.is_grad_enabled()
+        if fast is None or not joined or torch.compiler.is_compiling():
+            variance = self.variance(weight)
+            return self.masked(self._clipped(weight, variance)), self.masked(variance)
+        divergence, clip, dtype = self.method.divergence, self.clip_log_alpha, fast.narrow(weight)
+        mean, variance, price = fused.weigh(weight, self.log_std, self.mask, divergence, clip, dtype)
+        self._price = (price, self._state_of(weight))
+        return mean, variance
+
+    def take_price(self, weight: Tensor) -> Tensor | None:
+        """The KL that the last fast pass found on its way, once, and only while nothing has changed since."""
+        if self._price is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        (price, state), self._price = self._price, None
+        return price if state == self._state_of(weight) else None
+
+    def _state_of(self, weight: Tensor) -> tuple[int, ...]:
+        return id(weight), weight._version, id(self.log_std), self.log_std._version, id(self.mask)
+
+    def _clipped(self, weight: Tensor, variance: Tensor) -> Tensor:
         if self.clip_log_alpha is None:
             return weight
         squared_bound = math.exp(-self.clip_log_alpha) * variance.detach()
         return weight * (weight.detach().square() > squared_bound)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_price": None}
 
 
 class MultiplicativeNoise(WeightNoise):

@@ -1,0 +1,279 @@
+"""The fast twin of :mod:`vardrop.lrt`: the same draws at little more than the price of a plain layer.
+
+Three things make it fast. The variance needs few digits, so its matmuls may run in bfloat16 while the mean stays as
+it is. The elementwise passes over weights and outputs are compiled into one loop each, noise included. And one pass
+over the weights gives the variance and the KL together, and one pass back adds the gradients of both; nothing of the
+weights' size is kept in between but the parameters and the narrow variance.
+
+The compiled noise is counter-based (Threefry-2x32 with 13 rounds, Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) under a key from torch's generator, so the same seed gives the same run with any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vardrop.lrt import VARIANCE_FLOOR, Operation, at_least_float32
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+ROUNDS = 13
+PARITY = 0x1BD11BDA
+LARGEST_COUNT = 2**31 - 1
+"""Elements that 32-bit counters can number."""
+WORTH_COMPILING = 2**17
+"""Elements from which a compiled pass of one or two operations is quicker than the operations, its call included."""
+
+
+@dataclass(frozen=True)
+class Fast:
+    """How the fast path computes.
+
+    Args:
+        variance_dtype: of the variance matmuls; a layer in float64 keeps its own.
+        compiled: whether the elementwise passes are compiled.
+    """
+
+    variance_dtype: torch.dtype
+    compiled: bool
+
+    def narrow(self, like: Tensor) -> torch.dtype:
+        """The dtype of the variance for weights `like` these."""
+        return torch.float64 if like.dtype == torch.float64 else self.variance_dtype
+
+
+def local_sample(
+    operation: Operation,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    bias: Tensor | None,
+    *,
+    compiled: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """:func:`vardrop.lrt.local_sample` with the variance path in the dtype of `variance`."""
+    output_mean = operation(x, mean, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        squared: Tensor = _Square.apply(x, variance.dtype, compiled)
+        output_variance = operation(squared, variance, None)
+        compiled = compiled and output_mean.numel() <= LARGEST_COUNT
+        if compiled:
+            noise = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=x.device, generator=generator)
+        else:
+            wide = at_least_float32(output_variance).dtype
+            noise = torch.randn(output_mean.shape, dtype=wide, device=x.device, generator=generator)
+        sample: Tensor = _Sample.apply(output_mean, output_variance, noise, compiled)
+    return sample
+
+
+def weigh(
+    mean: Tensor, log_std: Tensor, mask: Tensor | None, divergence: Divergence, clip: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One compiled pass over the weights: noisy mean, variance in `dtype`, and the KL summed over live weights.
+
+    Both backwards, through the layer and through the KL, may run together or one after the other.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(mean, log_std, mask, divergence, clip, dtype)
+    return result
+
+
+def normal(count: int, key: Tensor) -> Tensor:
+    """`count` standard normal float32 numbers that follow from the two 32-bit words of `key`, by Box and Muller."""
+    counter = torch.arange(count, dtype=torch.int32, device=key.device)
+    first, second = threefry(counter, torch.zeros_like(counter), key)
+    uniform = ((first >> 8) & 0xFFFFFF).float().add(0.5) * 2.0**-24
+    angle = (second >> 8).float() * (math.pi * 2.0**-23)
+    return torch.sqrt(-2.0 * torch.log(uniform)) * torch.cos(angle)
+
+
+def threefry(first: Tensor, second: Tensor, key: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 of a two-word counter, all words int32 with the bits of unsigned ones."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
+    first, second = first + keys[0], second + keys[1]
+    for number in range(rounds):
+        first = first + second
+        turn = ROTATIONS[number % 8]
+        second = ((second << turn) | ((second >> (32 - turn)) & ((1 << turn) - 1))) ^ first
+        if number % 4 == 3:
+            block = number // 4 + 1
+            first, second = first + keys[block % 3], second + keys[(block + 1) % 3] + block
+    return first, second
+
+
+class _Weigh(torch.autograd.Function):
+    """Keeps only its inputs, and outside the graph's own store, so that a second backward finds them too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        log_std: Tensor,
+        mask: Tensor | None,
+        divergence: Divergence,
+        clip: float | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.inputs = (mean, log_std, mask)
+        ctx.versions = (mean._version, log_std._version)
+        ctx.backward_kernel = _weigh_backward(divergence, clip, dtype)
+        flat = [_flat(part, mean) for part in ctx.inputs]
+        with torch.autocast(mean.device.type, enabled=False):
+            noisy, variance, price = _weigh_forward(divergence, clip, dtype)(*flat)
+        return mean if noisy is None else _unflat(noisy, mean), _unflat(variance, mean), price
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        mean, log_std, mask = ctx.inputs
+        if (mean._version, log_std._version) != ctx.versions:
+            raise RuntimeError(
+                "a noisy layer's weight or log_std was changed in place between its forward and its backward pass"
+            )
+        by_mean, by_variance, by_kl = gradients
+        by_mean = torch.zeros_like(mean) if by_mean is None else by_mean
+        by_variance = torch.zeros_like(mean, dtype=mean.dtype) if by_variance is None else by_variance
+        by_kl = torch.zeros((), dtype=mean.dtype, device=mean.device) if by_kl is None else by_kl
+        parts = [_flat(part, mean) for part in (mean, log_std, mask, by_mean, by_variance)]
+        with torch.autocast(mean.device.type, enabled=False):
+            by_log_std = ctx.backward_kernel(*parts, by_kl)
+        return _unflat(parts[3], mean), _unflat(by_log_std, mean), None, None, None, None
+
+
+class _Square(torch.autograd.Function):
+    """``x^2`` in another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.compiled = compiled
+        return _elementwise(_square, x, dtype, compiled=compiled)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return _elementwise(_square_backward, x, gradient, compiled=ctx.compiled), None, None
+
+
+class _Sample(torch.autograd.Function):
+    """``mean + sqrt(variance) * draw``, where `noise` is the draw itself, or the key of a compiled one."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor, compiled: bool) -> Tensor:
+        ctx.compiled = compiled
+        if compiled:
+            flat = _compiled(_sample_compiled)(_flat(mean, mean), _flat(variance, mean), noise)
+            sample, slope = (_unflat(part, mean) for part in flat)
+        else:
+            sample, slope = _sample(mean, variance, noise)
+        ctx.save_for_backward(slope)
+        return sample
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient, _elementwise(_sample_backward, slope, gradient, compiled=ctx.compiled), None, None
+
+
+def _elementwise(kernel: Callable[..., Tensor], x: Tensor, other: Tensor | torch.dtype, *, compiled: bool) -> Tensor:
+    """``kernel(x, other)``, in one compiled pass where that is quicker."""
+    if not compiled or x.numel() < WORTH_COMPILING:
+        return kernel(x, other)
+    second = _flat(other, x) if isinstance(other, Tensor) else other
+    return _unflat(_compiled(kernel)(_flat(x, x), second), x)
+
+
+def _sample(mean: Tensor, variance: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample, and its derivative by the variance in the variance's dtype."""
+    std = (at_least_float32(variance) + VARIANCE_FLOOR).sqrt()
+    return (mean + std * draw).to(mean.dtype), (0.5 * draw / std).to(variance.dtype)
+
+
+def _sample_compiled(mean: Tensor, variance: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return _sample(mean, variance, normal(mean.numel(), key))
+
+
+def _sample_backward(slope: Tensor, gradient: Tensor) -> Tensor:
+    return (slope * gradient).to(slope.dtype)
+
+
+def _square(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return at_least_float32(x).square().to(dtype)
+
+
+def _square_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    return (2.0 * (x * gradient)).to(x.dtype)
+
+
+@functools.cache
+def _weigh_forward(divergence: Divergence, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
+    def forward(mean: Tensor, log_std: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        variance = torch.exp(2.0 * log_std)
+        noisy = None if clip is None else mean * (mean.square() > math.exp(-clip) * variance)
+        price = divergence(mean, log_std)
+        if mask is not None:
+            noisy, variance, price = (mean if noisy is None else noisy) * mask, variance * mask, price * mask
+        return noisy, variance.to(dtype), price.sum()
+
+    return torch.compile(forward, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _weigh_backward(divergence: Divergence, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
+    """Adds to the gradient of the mean in place; that of log std is new."""
+
+    def backward(
+        mean: Tensor, log_std: Tensor, mask: Tensor | None, into: Tensor, by_variance: Tensor, by_kl: Tensor
+    ) -> Tensor:
+        by_mean = into
+        variance = torch.exp(2.0 * log_std)
+        _, price_vjp = torch.func.vjp(divergence, mean, log_std)
+        price = by_kl.expand(mean.shape)
+        if mask is not None:
+            by_mean, by_variance, price = by_mean * mask, by_variance * mask, price * mask
+        if clip is not None:
+            by_mean = by_mean * (mean.square() > math.exp(-clip) * variance)
+        price_by_mean, price_by_log_std = price_vjp(price)
+        into.copy_(by_mean + price_by_mean)
+        return 2.0 * by_variance * variance + price_by_log_std
+
+    return torch.compile(backward, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+def _flat(part: Tensor | None, like: Tensor) -> Any:
+    """`part` as one axis in the order in which `like` lies in memory; a copy only where it lies otherwise."""
+    if part is None:
+        return None
+    if like.is_contiguous():
+        return part.detach().reshape(-1)
+    return part.detach().permute(_order(like)).reshape(-1)
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    """The reverse of :func:`_flat`."""
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = _order(like)
+    laid = flat.view([like.shape[axis] for axis in order])
+    return laid.permute(sorted(range(like.dim()), key=order.__getitem__))
+
+
+def _order(like: Tensor) -> list[int]:
+    """The axes of `like` from the slowest to the fastest in memory."""
+    strides = like.stride()
+    return sorted(range(like.dim()), key=strides.__getitem__, reverse=True)
