@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
-from vardrop.fused import Fast, normal
+from vardrop.fused import Fast, compile_kernel, normal
 from vardrop.sites import sites
 
 VARIANCES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,7 +67,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def _can_compile(device: torch.device) -> bool:
     key = torch.zeros(2, dtype=torch.int32, device=device)
     try:
-        torch.compile(normal, dynamic=True, fullgraph=True)(16, key)
+        compile_kernel(normal)(16, key)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         warnings.warn(

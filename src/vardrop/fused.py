@@ -31,6 +31,8 @@ LARGEST_COUNT = 2**31 - 1
 """Elements that 32-bit counters can number."""
 WORTH_COMPILING = 2**17
 """Elements from which a compiled pass of one or two operations is quicker than the operations, its call included."""
+OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""Lets the compiler join a product and a sum into one operation, which rounds once."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class _Weigh(torch.autograd.Function):
         flat = [_flat(part, mean) for part in ctx.inputs]
         with torch.autocast(mean.device.type, enabled=False):
             noisy, variance, price = _weigh_forward(divergence, clip, dtype)(*flat)
-        return mean if noisy is None else _unflat(noisy, mean), _unflat(variance, mean), price
+        return mean.detach() if noisy is None else _unflat(noisy, mean), _unflat(variance, mean), price
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -171,7 +173,7 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor, compiled: bool) -> Tensor:
         ctx.compiled = compiled
         if compiled:
-            flat = _compiled(_sample_compiled)(_flat(mean, mean), _flat(variance, mean), noise)
+            flat = compile_kernel(_sample_compiled)(_flat(mean, mean), _flat(variance, mean), noise)
             sample, slope = (_unflat(part, mean) for part in flat)
         else:
             sample, slope = _sample(mean, variance, noise)
@@ -190,7 +192,7 @@ def _elementwise(kernel: Callable[..., Tensor], x: Tensor, other: Tensor | torch
     if not compiled or x.numel() < WORTH_COMPILING:
         return kernel(x, other)
     second = _flat(other, x) if isinstance(other, Tensor) else other
-    return _unflat(_compiled(kernel)(_flat(x, x), second), x)
+    return _unflat(compile_kernel(kernel)(_flat(x, x), second), x)
 
 
 def _sample(mean: Tensor, variance: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,14 +220,14 @@ def _square_backward(x: Tensor, gradient: Tensor) -> Tensor:
 @functools.cache
 def _weigh_forward(divergence: Divergence, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
     def forward(mean: Tensor, log_std: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
-        variance = torch.exp(2.0 * log_std)
+        variance = torch.exp(-log_std).reciprocal().square()  # the divergences need the same exponential
         noisy = None if clip is None else mean * (mean.square() > math.exp(-clip) * variance)
         price = divergence(mean, log_std)
         if mask is not None:
             noisy, variance, price = (mean if noisy is None else noisy) * mask, variance * mask, price * mask
         return noisy, variance.to(dtype), price.sum()
 
-    return torch.compile(forward, dynamic=True, fullgraph=True)
+    return compile_kernel(forward)
 
 
 @functools.cache
@@ -247,12 +249,13 @@ def _weigh_backward(divergence: Divergence, clip: float | None, dtype: torch.dty
         into.copy_(by_mean + price_by_mean)
         return 2.0 * by_variance * variance + price_by_log_std
 
-    return torch.compile(backward, dynamic=True, fullgraph=True)
+    return compile_kernel(backward)
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+def compile_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` as one loop for every length; :func:`_flat` makes all shapes one axis."""
+    return torch.compile(kernel, dynamic=True, fullgraph=True, options=OPTIONS)
 
 
 def _flat(part: Tensor | None, like: Tensor) -> Any:
@@ -260,15 +263,17 @@ def _flat(part: Tensor | None, like: Tensor) -> Any:
     if part is None:
         return None
     if like.is_contiguous():
-        return part.detach().reshape(-1)
-    return part.detach().permute(_order(like)).reshape(-1)
+        return part.reshape(-1).detach()
+    return part.permute(_order(like)).reshape(-1).detach()
 
 
 def _unflat(flat: Tensor, like: Tensor) -> Tensor:
-    """The reverse of :func:`_flat`."""
+    """The reverse of :func:`_flat`, with the very strides of `like`: those of an axis of length one tell the layout."""
     if like.is_contiguous():
-        return flat.view(like.shape)
+        return flat.as_strided(like.shape, like.stride())
     order = _order(like)
+    if like.permute(order).is_contiguous():
+        return flat.as_strided(like.shape, like.stride())
     laid = flat.view([like.shape[axis] for axis in order])
     return laid.permute(sorted(range(like.dim()), key=order.__getitem__))
 

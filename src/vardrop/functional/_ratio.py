@@ -8,7 +8,6 @@ of the slope. The tests compare both with quadrature.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,13 +66,13 @@ class RatioKL(torch.autograd.Function):
     @staticmethod
     def forward(mean: Tensor, log_std: Tensor, exact: bool) -> Tensor:
         inverse_std = (-log_std).exp_().clamp_max_(LARGEST_RATIO**2)
-        ratio = (mean * inverse_std).clamp_min_(-LARGEST_RATIO).clamp_max_(LARGEST_RATIO)
-        squared = ratio.mul_(ratio)
+        ratio = mean * inverse_std
+        squared = ratio.mul_(ratio).clamp_max_(LARGEST_RATIO**2)
         if not exact:
             return squared.log1p_().mul_(0.5)
-        bound = squared + SCALE
-        value = _polynomial(EXCESS, (squared - SCALE).div_(bound)).mul_(squared).div_(bound)
-        return value.add_(squared.div_(SCALE).log1p_(), alpha=0.5)
+        w = (squared + SCALE).reciprocal_().mul_(squared)
+        value = _polynomial(EXCESS, 2.0 * w - 1.0).mul_(w)
+        return value.add_(squared.mul_(1.0 / SCALE).log1p_(), alpha=0.5)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
@@ -85,11 +84,11 @@ class RatioKL(torch.autograd.Function):
         mean, log_std = ctx.saved_tensors
         scale = SCALE if ctx.exact else 1.0
         squared = mean * mean
-        noise = torch.exp(2.0 * log_std + math.log(scale)).clamp(LARGEST_RATIO**-2, LARGEST_RATIO**2)
-        total = squared + noise
-        by_mean = gradient * mean / total
+        noise = (scale * torch.exp(2.0 * log_std)).clamp(LARGEST_RATIO**-2, LARGEST_RATIO**2)
+        inverse_total = (squared + noise).reciprocal()
+        by_mean = gradient * mean * inverse_total
         if ctx.exact:
-            by_mean = by_mean * _polynomial(SLOPE, (squared - noise) / total)
+            by_mean = by_mean * _polynomial(SLOPE, (squared - noise) * inverse_total)
         return by_mean, -by_mean * mean, None
 
 
