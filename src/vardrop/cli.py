@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import sys
 import types
@@ -30,6 +31,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 INTERRUPTED = 130
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 NetArgument = Annotated[
     str, typer.Argument(help="A network by name (see `vardrop methods`), or your own: file.py:function")
@@ -72,6 +75,7 @@ def compress(
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
     ] = "keep-best",
     seed: Annotated[int, typer.Option(help="Of the initialisation, the order and the noise")] = 0,
+    fast: Annotated[bool, typer.Option(help="The fast path of training, or the plain reference")] = True,
 ) -> None:
     """Train a network under a method, prune it, and make it really smaller.
 
@@ -98,6 +102,7 @@ def compress(
         pretrain=pretrain,
         data_root=data_root,
         on_empty=on_empty,
+        fast=fast,
     )
     with _progress() as progress:
         result = run(job, out, listeners=_listeners(progress))
@@ -281,12 +286,21 @@ def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what one step frees for the next one, which saves the system's zeroing of fresh pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
 def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
+    _keep_freed_memory()
     try:
         code = app(standalone_mode=False)
     except click.exceptions.ClickException as error:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError, StorageError
+from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
 from vardrop.io import save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters
@@ -36,6 +37,8 @@ NOISY = "noisy"
 RUN_FORMAT = 1
 PACKAGES = ("vardrop", "torch", "numpy", "accelerate", "safetensors", "datasets")
 EVALUATION_BATCH = 1000
+WORTH_COMPILING = 10_000
+"""Steps of training from which compiled passes win back the seconds of their compilation."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Job:
         pretrain: epochs of plain training before the conversion.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
+        fast: train on the fast path, compiled where the run has steps enough to pay for it.
     """
 
     net: str
@@ -61,6 +65,7 @@ class Job:
     pretrain: int = 0
     data_root: Path | None = None
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
+    fast: bool = True
 
     def __post_init__(self) -> None:
         if self.on_empty not in ("keep-best", "refuse"):
@@ -76,6 +81,7 @@ class Job:
             "schedule": asdict(self.schedule),
             "validation": self.validation,
             "pretrain": self.pretrain,
+            "fast": self.fast,
         }
 
 
@@ -106,7 +112,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     check_fits(job.net, net, data)
     for parameter in net.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
     fit, valid = data.train, None
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
@@ -117,9 +123,20 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
     original = _describe(net, data, folder / ORIGINAL) if job.pretrain else None
     convert(net, job.method)
+    compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
-    return _finish(job, folder, net, data, history, original, code)
+    facts = {"commit": code, "original": original, "compile_seconds": compiling}
+    return _finish(job, folder, net, data, history, facts)
+
+
+def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
+    """Puts `net` on the fast path if the job says so; seconds of compilation."""
+    if not job.fast:
+        return 0.0
+    steps = job.schedule.epochs * -(-len(fit.y) // job.schedule.batch_size)
+    fast(net, compiled=steps >= WORTH_COMPILING)
+    return compile_seconds(net, fit.x[: job.schedule.batch_size]) if steps >= WORTH_COMPILING else 0.0
 
 
 def _finish(
@@ -128,8 +145,7 @@ def _finish(
     net: nn.Module,
     data: Data,
     history: list[Epoch],
-    original: dict[str, Any] | None,
-    code: str | None,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
@@ -147,10 +163,9 @@ def _finish(
         "config": job.config,
         "seed": job.schedule.seed,
         "versions": _versions(),
-        "commit": code,
         "machine": _machine(),
         "layers": {site.name: site.weight.numel() for site in sites(net)},
-        "original": original,
+        **facts,
         "trained": trained,
         "pruned": pruned,
         "compacted": compacted,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
+from time import perf_counter
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vardrop.elbo import kl
 from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
 from vardrop.fused import Fast, compile_kernel, normal
 from vardrop.sites import sites
@@ -55,6 +58,15 @@ def fast(
         dtype = VARIANCES.get(variance, torch.bfloat16 if has_fast_bfloat16(device) else torch.float32)
         site.noise.fast = Fast(dtype, compiled) if on else None
     return model
+
+
+def compile_seconds(model: nn.Module, x: Tensor) -> float:
+    """Compiles what a training step on inputs like `x` needs, on a copy of `model`; the seconds it took."""
+    copy = deepcopy(model).train()
+    started = perf_counter()
+    with torch.random.fork_rng():
+        (copy(x).float().sum() + kl(copy)).backward()
+    return perf_counter() - started
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

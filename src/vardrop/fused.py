@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vardrop.lrt import VARIANCE_FLOOR, Operation, at_least_float32
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+
+class Priced(Protocol):
+    """A method that prices each weight by its mean and log std; equal methods share their kernels."""
+
+    def divergence(self, mean: Tensor, log_std: Tensor) -> Tensor: ...
+    def __hash__(self) -> int: ...
+
 
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 ROUNDS = 13
@@ -65,7 +72,7 @@ def local_sample(
     """:func:`vardrop.lrt.local_sample` with the variance path in the dtype of `variance`."""
     output_mean = operation(x, mean, bias)
     with torch.autocast(x.device.type, enabled=False):
-        squared: Tensor = _Square.apply(x, variance.dtype, compiled)
+        squared: Tensor = _Square.apply(x, variance.dtype, compiled)  # type: ignore[no-untyped-call]
         output_variance = operation(squared, variance, None)
         compiled = compiled and output_mean.numel() <= LARGEST_COUNT
         if compiled:
@@ -73,19 +80,19 @@ def local_sample(
         else:
             wide = at_least_float32(output_variance).dtype
             noise = torch.randn(output_mean.shape, dtype=wide, device=x.device, generator=generator)
-        sample: Tensor = _Sample.apply(output_mean, output_variance, noise, compiled)
+        sample: Tensor = _Sample.apply(output_mean, output_variance, noise, compiled)  # type: ignore[no-untyped-call]
     return sample
 
 
 def weigh(
-    mean: Tensor, log_std: Tensor, mask: Tensor | None, divergence: Divergence, clip: float | None, dtype: torch.dtype
+    mean: Tensor, log_std: Tensor, mask: Tensor | None, method: Priced, clip: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One compiled pass over the weights: noisy mean, variance in `dtype`, and the KL summed over live weights.
 
     Both backwards, through the layer and through the KL, may run together or one after the other.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(mean, log_std, mask, divergence, clip, dtype)
-    return result
+    found: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(mean, log_std, mask, method, clip, dtype)  # type: ignore[no-untyped-call]
+    return found
 
 
 def normal(count: int, key: Tensor) -> Tensor:
@@ -120,16 +127,16 @@ class _Weigh(torch.autograd.Function):
         mean: Tensor,
         log_std: Tensor,
         mask: Tensor | None,
-        divergence: Divergence,
+        method: Priced,
         clip: float | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.inputs = (mean, log_std, mask)
         ctx.versions = (mean._version, log_std._version)
-        ctx.backward_kernel = _weigh_backward(divergence, clip, dtype)
+        ctx.backward_kernel = _weigh_backward(method, clip)
         flat = [_flat(part, mean) for part in ctx.inputs]
         with torch.autocast(mean.device.type, enabled=False):
-            noisy, variance, price = _weigh_forward(divergence, clip, dtype)(*flat)
+            noisy, variance, price = _weigh_forward(method, clip, dtype)(*flat)
         return mean.detach() if noisy is None else _unflat(noisy, mean), _unflat(variance, mean), price
 
     @staticmethod
@@ -218,11 +225,11 @@ def _square_backward(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 @functools.cache
-def _weigh_forward(divergence: Divergence, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
+def _weigh_forward(method: Priced, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
     def forward(mean: Tensor, log_std: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         variance = torch.exp(-log_std).reciprocal().square()  # the divergences need the same exponential
         noisy = None if clip is None else mean * (mean.square() > math.exp(-clip) * variance)
-        price = divergence(mean, log_std)
+        price = method.divergence(mean, log_std)
         if mask is not None:
             noisy, variance, price = (mean if noisy is None else noisy) * mask, variance * mask, price * mask
         return noisy, variance.to(dtype), price.sum()
@@ -231,7 +238,7 @@ def _weigh_forward(divergence: Divergence, clip: float | None, dtype: torch.dtyp
 
 
 @functools.cache
-def _weigh_backward(divergence: Divergence, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
+def _weigh_backward(method: Priced, clip: float | None) -> Callable[..., Any]:
     """Adds to the gradient of the mean in place; that of log std is new."""
 
     def backward(
@@ -239,7 +246,7 @@ def _weigh_backward(divergence: Divergence, clip: float | None, dtype: torch.dty
     ) -> Tensor:
         by_mean = into
         variance = torch.exp(2.0 * log_std)
-        _, price_vjp = torch.func.vjp(divergence, mean, log_std)
+        price_vjp: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.func.vjp(method.divergence, mean, log_std)[1]
         price = by_kl.expand(mean.shape)
         if mask is not None:
             by_mean, by_variance, price = by_mean * mask, by_variance * mask, price * mask
@@ -254,8 +261,13 @@ def _weigh_backward(divergence: Divergence, clip: float | None, dtype: torch.dty
 
 @functools.cache
 def compile_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` as one loop for every length; :func:`_flat` makes all shapes one axis."""
-    return torch.compile(kernel, dynamic=True, fullgraph=True, options=OPTIONS)
+    """`kernel` as one loop for every length; :func:`_flat` makes all shapes one axis.
+
+    Its code is copied, because the compiler bounds how many variants of one code it makes.
+    """
+    code, closure = kernel.__code__.replace(), kernel.__closure__
+    own = types.FunctionType(code, kernel.__globals__, kernel.__name__, kernel.__defaults__, closure)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=OPTIONS)
 
 
 def _flat(part: Tensor | None, like: Tensor) -> Any:

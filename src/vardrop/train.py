@@ -134,7 +134,7 @@ def train(
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
     """
     accelerator = _accelerator(folder)
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
     elbo = schedule.elbo(num_data)
     history = _resume(folder, identity, net, optimizer, elbo)
     if history:

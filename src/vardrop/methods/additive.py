@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class AdditiveMethod(WeightMethod):
             the authors of sparse VD did so on MNIST, and it is what makes their nets so sparse.
     """
 
+    kl_is_short: ClassVar[bool] = True
+    """Whether the divergence is few enough operations to be worth compiling."""
     init_log_std: float = -5.0
     init_spread: float = 0.0
     train_clip: bool = False

@@ -28,6 +28,7 @@ class StudentT(AdditiveMethod):
     True
     """
 
+    kl_is_short: ClassVar[bool] = False
     paper: ClassVar[Paper] = ARD.paper
     rule: RuleName | None = "magnitude"
     init_spread: float = 0.1

@@ -85,12 +85,13 @@ class AdditiveNoise(WeightNoise):
 
     def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         fast = self.fast
-        joined = fast is not None and fast.compiled and self.sampling == "local" and torch.is_grad_enabled()
+        joined = fast is not None and fast.compiled and self.sampling == "local" and self.method.kl_is_short
+        joined = joined and torch.is_grad_enabled()
         if fast is None or not joined or torch.compiler.is_compiling():
             variance = self.variance(weight)
             return self.masked(self._clipped(weight, variance)), self.masked(variance)
-        divergence, clip, dtype = self.method.divergence, self.clip_log_alpha, fast.narrow(weight)
-        mean, variance, price = fused.weigh(weight, self.log_std, self.mask, divergence, clip, dtype)
+        clip, dtype = self.clip_log_alpha, fast.narrow(weight)
+        mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
         self._price = (price, self._state_of(weight))
         return mean, variance
 

@@ -1,0 +1,273 @@
+"""The fast path held to the plain reference: values and gradients with the same noise, statistics, and behaviour."""
+
+import copy
+import importlib
+import math
+import pickle
+import warnings
+
+import pytest
+import scipy.stats
+import torch
+from cases import LAYERS
+from torch import nn
+
+import vardrop as vd
+from vardrop import fused, lrt
+from vardrop.elbo import kl
+from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
+from vardrop.noise import Layout
+
+fast_room = importlib.import_module("vardrop.fast")
+compiler = pytest.mark.usefixtures("has_compiler")
+
+
+@pytest.fixture(scope="session")
+def has_compiler():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastPathWarning)
+        if not fast_room._can_compile(torch.device("cpu")):
+            pytest.skip("torch.compile needs a C++ compiler")
+
+
+METHODS = {
+    "sparse-vd": vd.SparseVD(init_log_std=-1.0),
+    "clipped-ard": vd.ARD(init_log_std=-1.0, init_spread=2.0, rule="log_alpha", train_clip=True),
+    "vbd-bounded": vd.VBD(init_log_std=-1.0, low=0.01, high=1.0),
+}
+
+
+def run(net, x, seed=3):
+    """Output, KL, and the gradients of both by input and parameters, under noise from `seed`."""
+    x = x.clone().requires_grad_()
+    with vd.noise(net, on=True, generator=torch.Generator().manual_seed(seed)):
+        output = net(x)
+        price = kl(net)
+    weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=output.dtype).view(output.shape)
+    found = torch.autograd.grad((output * weights).sum() + 0.1 * price, [x, *net.parameters()])
+    return output, price, *found
+
+
+def close(left, right, tolerance):
+    for ours, plain in zip(left, right, strict=True):
+        assert (ours - plain).norm() <= tolerance * (1e-6 + plain.norm())
+
+
+def test_threefry_gives_the_published_answers():
+    zero, ones = torch.zeros(2, dtype=torch.int32), torch.full((2,), -1, dtype=torch.int32)
+    for rounds, words, answer in (
+        (13, zero, (0x9D1C5EC6, 0x8BD50731)),
+        (13, ones, (0xFD36D048, 0x2D17272C)),
+        (20, zero, (0x6B200159, 0x99BA4EFE)),
+        (20, ones, (0x1CB996FC, 0xBB002BE7)),
+    ):
+        found = fused.threefry(words[:1], words[1:], words, rounds)
+        assert tuple(int(word) & 0xFFFFFFFF for word in found) == answer
+
+
+def test_the_noise_is_standard_normal_and_without_memory():
+    first = fused.normal(200_000, torch.tensor([1, 2], dtype=torch.int32)).double()
+    other = fused.normal(200_000, torch.tensor([1, 3], dtype=torch.int32)).double()
+    assert scipy.stats.kstest(first.numpy(), "norm").pvalue > 1e-3
+    bound = 4.5 / math.sqrt(len(first))
+    for left, right in ((first[1:], first[:-1]), (first[2:], first[:-2]), (first, other), (first**2 - 1, other**2 - 1)):
+        assert abs(float((left * right).mean())) < 2 * bound
+    assert abs(float((first**4).mean()) - 3.0) < bound * math.sqrt(96)
+    assert torch.equal(first, fused.normal(200_000, torch.tensor([1, 2], dtype=torch.int32)).double())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_uncompiled_it_is_the_reference_with_the_same_noise(layer):
+    case = LAYERS[layer]
+    torch.manual_seed(0)
+    net = vd.convert(case.build(), vd.SparseVD(init_log_std=-1.0))
+    plain = run(net, case.input())
+    close(run(vd.fast(net, variance="float32", compiled=False), case.input()), plain, 1e-5)
+    close(run(vd.fast(net, variance="bfloat16", compiled=False), case.input()), plain, 2e-2)
+    close(run(vd.fast(net, on=False), case.input()), plain, 0.0)
+
+
+@compiler
+@pytest.mark.parametrize("name", METHODS)
+def test_the_joined_pass_is_the_reference_with_a_mask_and_without(name):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 5, dtype=torch.float64) * 0.1
+    weight[0, 0] = 0.0
+    noise = METHODS[name].noise(weight, Layout())
+    noise.method = METHODS[name]
+    for mask in (None, torch.rand(7, 5) > 0.3):
+        noise.mask = mask
+        leaf = weight.clone().requires_grad_()
+        noise.double()
+
+        def moments(joined, leaf=leaf):
+            if joined:
+                return fused.weigh(leaf, noise.log_std, noise.mask, noise.method, noise.clip_log_alpha, torch.float64)
+            return *noise.moments(leaf), noise.method.kl(noise, leaf)
+
+        def everything(joined, leaf=leaf):
+            found = moments(joined)
+            total = sum((part * (2.0 + index)).sum() for index, part in enumerate(found))
+            return *found, *torch.autograd.grad(total, [leaf, noise.log_std])
+
+        close(everything(True), everything(False), 1e-10)
+
+
+@compiler
+def test_gradcheck_in_float64():
+    torch.manual_seed(0)
+    mean = (torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
+    log_std = torch.full((3, 4), -0.5, dtype=torch.float64).requires_grad_()
+    x = torch.randn(2, 4, dtype=torch.float64).requires_grad_()
+
+    def layer(x, mean, log_std):
+        noisy, variance, price = fused.weigh(mean, log_std, None, vd.ARD(), None, torch.float64)
+        generator = torch.Generator().manual_seed(5)
+        output = fused.local_sample(nn.functional.linear, x, noisy, variance, None, compiled=False, generator=generator)
+        return output, price
+
+    assert torch.autograd.gradcheck(layer, (x, mean, log_std))
+
+
+@compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_compiled_sample_is_the_reference_with_the_same_noise(channels_last, monkeypatch):
+    """The compiled draws are put into the plain reference in place of its own."""
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.randn(4, 3, 6, 6)
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    net = vd.fast(vd.convert(net, vd.SparseVD(init_log_std=-2.0)), variance="float32")
+    quick = run(net, x)
+
+    def randn(shape, *, dtype, device, generator):
+        key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=generator)
+        flat = fused.normal(math.prod(shape), key).to(dtype)
+        if channels_last and len(shape) == 4:
+            return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+        return flat.view(shape)
+
+    monkeypatch.setattr(lrt.torch, "randn", randn)
+    close(quick, run(vd.fast(net, on=False), x), 1e-5)
+
+
+@compiler
+def test_its_outputs_have_the_moments_of_the_layer():
+    torch.manual_seed(0)
+    net = vd.fast(vd.convert(nn.Linear(40, 6), vd.SparseVD(init_log_std=-1.0)), variance="bfloat16")
+    x = torch.randn(1, 40)
+    mean, variance = vd.functional.linear_moments(x, net.weight, net.noise.log_std, net.bias)
+    draws = net(x.expand(50_000, 40)).double()
+    spread = variance.sqrt() / math.sqrt(len(draws))
+    assert ((draws.mean(0) - mean).abs() < 5 * spread).all()
+    bfloat16, sampling = 2.0**-8, 5 * math.sqrt(2 / len(draws))
+    assert ((draws.var(0) / variance - 1).abs() < 2 * bfloat16 + sampling).all()
+
+
+@compiler
+def test_the_same_seed_gives_the_same_run():
+    def weights():
+        torch.manual_seed(1)
+        net = vd.fast(vd.convert(nn.Linear(30, 20), vd.ARD()))
+        optimizer = torch.optim.Adam(net.parameters())
+        for _ in range(3):
+            (net(torch.ones(8, 30)).square().sum() + kl(net)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return net.weight.detach().clone()
+
+    assert torch.equal(weights(), weights())
+
+
+@compiler
+def test_backward_through_layer_and_kl_may_be_apart():
+    torch.manual_seed(0)
+    net = vd.fast(vd.convert(nn.Linear(6, 4), vd.SparseVD(init_log_std=-1.0)))
+    x = torch.randn(3, 6)
+
+    def gradients(apart):
+        net.zero_grad()
+        torch.manual_seed(2)
+        loss, price = net(x).square().sum(), kl(net)
+        if apart:
+            price.backward()
+            loss.backward()
+        else:
+            (loss + price).backward()
+        return net.weight.grad.clone(), net.noise.log_std.grad.clone()
+
+    close(gradients(True), gradients(False), 1e-6)
+
+
+@compiler
+def test_the_kl_found_on_the_way_is_handed_out_once_and_never_stale():
+    torch.manual_seed(0)
+    net = vd.fast(vd.convert(nn.Linear(6, 4), vd.ARD()))
+    x = torch.randn(3, 6)
+    net(x)
+    first, second = kl(net), kl(net)
+    assert first.item() == pytest.approx(second.item(), rel=1e-5)
+    net(x)
+    with torch.no_grad():
+        net.weight.mul_(3.0)
+    fresh = kl(net)
+    assert fresh.item() == pytest.approx(kl(vd.fast(copy.deepcopy(net), on=False)).item(), rel=1e-6)
+    net(x)
+    vd.prune(net, threshold=0.2)
+    assert kl(net).item() < fresh.item()
+
+
+@compiler
+def test_a_weight_changed_before_its_backward_is_an_error():
+    net = vd.fast(vd.convert(nn.Linear(6, 4), vd.ARD()))
+    loss = net(torch.randn(3, 6)).sum()
+    with torch.no_grad():
+        net.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+        loss.backward()
+
+
+@compiler
+def test_copies_pickles_and_state_after_a_pass():
+    net = vd.fast(vd.convert(nn.Linear(6, 4), vd.ARD()))
+    net(torch.randn(3, 6))
+    twin = copy.deepcopy(net)
+    assert twin.noise.fast == net.noise.fast
+    assert pickle.loads(pickle.dumps(net.noise)).log_std.shape == (4, 6)
+    twin.load_state_dict(net.state_dict())
+    assert set(net.state_dict()) == {"weight", "bias", "noise.log_std"}
+
+
+@compiler
+def test_autocast_and_whole_model_compilation_keep_working():
+    torch.manual_seed(0)
+    net = vd.fast(vd.convert(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), vd.SparseVD()))
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = net(x)
+    (output.float().sum() + kl(net)).backward()
+    assert output.dtype == torch.bfloat16
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    whole = torch.compile(net, fullgraph=True)
+    whole(x).sum().backward()
+
+
+def test_without_a_compiler_it_says_so_and_works(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(fast_room, "compile_kernel", lambda kernel: broken)
+    net = vd.convert(nn.Linear(6, 4), vd.ARD())
+    with pytest.warns(FastPathWarning, match="runs uncompiled.*No working C"):
+        vd.fast(net)
+    net(torch.randn(3, 6)).sum().backward()
+    assert net.noise.log_std.grad.isfinite().all()
+
+
+def test_bad_input():
+    with pytest.raises(ConversionError, match="convert"):
+        vd.fast(nn.Linear(2, 2))
+    with pytest.raises(InvalidValueError, match="variance='half'.*'auto', 'float32' or 'bfloat16'"):
+        vd.fast(vd.convert(nn.Linear(2, 2), vd.ARD()), variance="half")
