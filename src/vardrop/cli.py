@@ -286,7 +286,7 @@ def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what one step frees for the next one, which saves the system's zeroing of fresh pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -300,7 +300,7 @@ def _count(value: int | None) -> str:
 
 def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         code = app(standalone_mode=False)
     except click.exceptions.ClickException as error:
