@@ -21,7 +21,7 @@ from vardrop.files import replace_file
 from vardrop.io import save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters
 from vardrop.methods import Method
-from vardrop.sites import sites
+from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
 from vardrop.surgery.prune import Pruned, prune
@@ -149,7 +149,7 @@ def _finish(
         "versions": _versions(),
         "commit": code,
         "machine": _machine(),
-        "layers": {site.name: site.weight.numel() for site in sites(net)},
+        "layers": {name: count.total for name, count in counted.layers.items()},
         "original": original,
         "trained": trained,
         "pruned": pruned,
@@ -227,6 +227,7 @@ def _figures(model: nn.Module, split: Split) -> dict[str, Any]:
 def _counts(counted: Pruned) -> dict[str, Any]:
     return {
         "compression": counted.compression,
+        "units": counted.units,
         "nonzero": counted.alive,
         "total": counted.total,
         "alive": {name: count.alive for name, count in counted.layers.items()},
@@ -260,7 +261,7 @@ def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
             counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
             histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
     replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
-    first = found[0].noise.masked(found[0].weight).detach().cpu().contiguous()
+    first = folded(found[0].layer)[0].detach().cpu().contiguous()
     shape = {"input_shape": json.dumps(list(data.input_shape))}
     replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
 

@@ -6,12 +6,11 @@ compaction may have cut, so that a compacted model is rebuilt from the code of t
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,9 +25,8 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
-from vardrop.noise import Noise
-from vardrop.sites import sites
-from vardrop.surgery.convert import convert
+from vardrop.sites import SLOTS, noises
+from vardrop.surgery.convert import attach
 from vardrop.surgery.reading import LAYERS, NORMS
 
 FORMAT = 1
@@ -84,7 +82,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
         "aliases": aliases,
         "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if isinstance(layer, RESIZABLE)},
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "methods": {name: {"name": used.command_name(), "fields": asdict(used)} for name, used in noisy.items()},
+        "methods": {name: _entry(used) for name, used in noisy.items()},
     }
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -115,11 +113,10 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
     state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
-    noisy = {name: _method(folder, entry) for name, entry in record["methods"].items()}
+    noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
     _check_fits(folder, model, record, _without_noise(state, noisy))
     _resize(model, record["layers"], state)
-    if noisy:
-        convert(model, {glob.escape(name): method for name, method in noisy.items()})
+    attach(model, noisy)
     _check_same(folder, model, state)
     _fit(model, state)
     model.load_state_dict(state)
@@ -149,17 +146,16 @@ def size_on_disk(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _methods(model: nn.Module) -> dict[str, Method]:
-    """The method of every noisy layer, also where two layers share one noise."""
-    by_noise = {site.noise: site.method for site in sites(model)}
-    return {name: by_noise[noise] for name, _, noise in _noisy_layers(model)}
+def _methods(model: nn.Module) -> dict[str, tuple[Method, ...]]:
+    """The methods of every noisy layer, also where two layers share one noise."""
+    found = {name: tuple(noise.method for noise in noises(layer).values()) for name, layer in model.named_modules()}
+    return {name: used for name, used in found.items() if used}
 
 
-def _noisy_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
-    for name, layer in model.named_modules():
-        noise = layer._modules.get("noise")
-        if isinstance(noise, Noise):
-            yield name, layer, noise
+def _entry(used: tuple[Method, ...]) -> Any:
+    """The record of a layer's method, or a list of them."""
+    entries = [{"name": method.command_name(), "fields": asdict(method)} for method in used]
+    return entries[0] if len(entries) == 1 else entries
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -303,6 +299,10 @@ def _dense(folder: Path, name: str, shape: list[int], stored: dict[str, Tensor])
     return tensor
 
 
+def _methods_of(folder: Path, entry: Any) -> tuple[Method, ...]:
+    return tuple(_method(folder, one) for one in (entry if isinstance(entry, list) else [entry]))
+
+
 def _method(folder: Path, entry: dict[str, Any]) -> Method:
     """The method of a stored layer: vardrop's, or one's own once its module is imported."""
     kinds: list[type[Method]] = [Method]
@@ -320,8 +320,8 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
         raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
 
 
-def _without_noise(state: dict[str, Tensor], noisy: dict[str, Method]) -> dict[str, Tensor]:
-    prefixes = tuple(f"{name}.noise." if name else "noise." for name in noisy)
+def _without_noise(state: dict[str, Tensor], noisy: Iterable[str]) -> dict[str, Tensor]:
+    prefixes = tuple(f"{name}.{slot}.".lstrip(".") for name in noisy for slot in SLOTS)
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
@@ -407,10 +407,11 @@ def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Names and shapes of the built, cut and converted `model` against the stored ones, before values are set."""
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, layer, _ in _noisy_layers(model):
-        mask = f"{name}.noise.mask" if name else "noise.mask"
-        if mask in state:
-            built[mask] = tuple(layer.get_parameter("weight").shape)
+    for name, layer in model.named_modules():
+        for slot, noise in noises(layer).items():
+            mask = f"{name}.{slot}.mask".lstrip(".")
+            if mask in state:
+                built[mask] = tuple(noise.mask_shape(layer.get_parameter("weight")))
     stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = [
         f"{name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"

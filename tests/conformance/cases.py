@@ -9,12 +9,19 @@ from torch import Tensor, nn
 import vardrop as vd
 
 
+class Net(nn.Sequential):
+    """Of a plain Sequential the last layer's outputs are known to be the net's; of this one they are not."""
+
+
 @dataclass(frozen=True)
 class LayerCase:
     """A layer and the shape of an input to it."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
+
+    def converted(self, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
+        return vd.convert(Net(self.build()), method)
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(self.shape, dtype=dtype, generator=torch.Generator().manual_seed(7))
@@ -46,5 +53,8 @@ VARIANTS = {
     "vbd-layer": vd.VBD(alpha="layer"),
     "vbd-input": vd.VBD(alpha="input"),
     "vbd-bounded": vd.VBD(low=0.0, high=1.0),
+    "structured-bp-input": vd.StructuredBP(place="input", draws="example", init_log_sigma=-1.0),
+    "beta-bernoulli-output": vd.BetaBernoulli(place="output", init_a=2.0, init_b=3.0),
+    "gate-and-noise": (vd.BetaBernoulli(place="input", init_a=2.0), vd.SparseVD()),
     "sparse-vd-weight-sampling": vd.SparseVD(sampling="weight", form="sigmoid", train_clip=True),
 }

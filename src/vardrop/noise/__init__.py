@@ -1,7 +1,11 @@
-"""Variational families as small modules that hang on a layer as ``layer.noise``."""
+"""Variational families as small modules that hang on a layer: ``layer.noise`` on weights, ``layer.gate`` on units."""
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
+from vardrop.noise.gate import BetaBernoulliGate as BetaBernoulliGate
+from vardrop.noise.gate import Gate as Gate
+from vardrop.noise.gate import Place as Place
+from vardrop.noise.gate import TruncatedLogNormalGate as TruncatedLogNormalGate
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise
