@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.files import replace_file
-from vardrop.io import save, size_on_disk
+from vardrop.io import load_weights, save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
@@ -49,6 +49,7 @@ class Job:
         schedule: how to train.
         validation: training examples set apart to choose by; they are not trained on.
         pretrain: epochs of plain training before the conversion.
+        pretrained: weights to start from: a safetensors file, or a folder written by :func:`vardrop.save`.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
     """
@@ -59,6 +60,7 @@ class Job:
     schedule: Schedule
     validation: int = 0
     pretrain: int = 0
+    pretrained: Path | None = None
     data_root: Path | None = None
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
 
@@ -76,6 +78,7 @@ class Job:
             "schedule": asdict(self.schedule),
             "validation": self.validation,
             "pretrain": self.pretrain,
+            "pretrained": None if self.pretrained is None else str(self.pretrained),
         }
 
 
@@ -104,6 +107,8 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
+    if job.pretrained is not None:
+        net = load_weights(net, job.pretrained)
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -115,7 +120,8 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         listeners.on_stage("plain", job.pretrain)
         plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
-    original = _describe(net, data, folder / ORIGINAL) if job.pretrain else None
+    plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
+    original = _describe(net, data, folder / ORIGINAL) if plain_start else None
     convert(net, job.method)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)

@@ -123,6 +123,40 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """`model` with the values stored at `path`, in place; from a folder also with its noise.
+
+    Args:
+        model: the plain model; nothing is changed unless all fits.
+        path: a safetensors file with the state of such a model, or a folder written by :func:`save`.
+
+    Raises:
+        StorageError: `path` is missing or damaged, or holds another net; then names and shapes stand side by side.
+
+    >>> import tempfile, pathlib
+    >>> from vardrop.io import load_weights
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "net"
+    >>> vd.save(torch.nn.Linear(4, 2), folder)
+    >>> load_weights(torch.nn.Linear(3, 2), folder)
+    Traceback (most recent call last):
+    vardrop.errors.StorageError: ...
+      weight: stored (2, 4), built (2, 3)
+    """
+    path = Path(path)
+    if path.is_dir():
+        record, tensors = _read(path)
+        state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
+        noisy = {name: _methods_of(path, entry) for name, entry in record["methods"].items()}
+    else:
+        state, noisy = _read_file(path), {}
+    stored = {name: tuple(tensor.shape) for name, tensor in _without_noise(state, noisy).items()}
+    _refuse_other(path, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    attach(model, noisy)
+    _check_same(path, model, state)
+    model.load_state_dict(state)
+    return model
+
+
 def is_model_folder(folder: Path) -> bool:
     """Whether `folder` holds a stored model and nothing else."""
     return folder.is_dir() and {path.name for path in folder.iterdir()} == {TENSORS, RECORD}
@@ -285,6 +319,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, {name: _dense(folder, name, shape, stored) for name, shape in record["dense_shapes"].items()}
 
 
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StorageError(f"{path} does not exist: must be a safetensors file, or a folder written by vardrop.save")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
 def _dense(folder: Path, name: str, shape: list[int], stored: dict[str, Tensor]) -> Tensor:
     """The tensor `name` from among the `stored` ones, made dense if it is in parts."""
     parts = [stored[key] for part in ("starts", "columns", "values") if (key := f"{name}{CSR}{part}") in stored]
@@ -412,7 +455,10 @@ def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> Non
             mask = f"{name}.{slot}.mask".lstrip(".")
             if mask in state:
                 built[mask] = tuple(noise.mask_shape(layer.get_parameter("weight")))
-    stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _refuse_other(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, built)
+
+
+def _refuse_other(folder: Path, stored: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> None:
     faults = [
         f"{name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"
         for name in sorted(built.keys() | stored.keys())
