@@ -16,11 +16,13 @@ from vardrop.methods import ARD as ARD
 from vardrop.methods import VBD as VBD
 from vardrop.methods import BernoulliDropout as BernoulliDropout
 from vardrop.methods import BetaBernoulli as BetaBernoulli
+from vardrop.methods import ConcreteDropout as ConcreteDropout
 from vardrop.methods import GammaARD as GammaARD
 from vardrop.methods import GaussianDropout as GaussianDropout
 from vardrop.methods import Method as Method
 from vardrop.methods import SparseVD as SparseVD
 from vardrop.methods import StructuredBP as StructuredBP
+from vardrop.methods import StructuredVBD as StructuredVBD
 from vardrop.methods import StudentT as StudentT
 from vardrop.methods import VariationalDropout as VariationalDropout
 from vardrop.methods import methods as methods

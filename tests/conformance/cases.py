@@ -47,12 +47,15 @@ LAYERS = {
 METHODS = {name: cls() for name, cls in vd.methods().items()}
 VARIANTS = {
     **METHODS,
+    "concrete-dropout": vd.ConcreteDropout(init_rate=0.5),  # where the mean of the relaxed draws is exact
     "variational-dropout-input": vd.VariationalDropout(alpha="input"),
     "variational-dropout-output": vd.VariationalDropout(alpha="output"),
     "variational-dropout-weight": vd.VariationalDropout(alpha="weight", form="cubic"),
     "vbd-layer": vd.VBD(alpha="layer"),
     "vbd-input": vd.VBD(alpha="input"),
     "vbd-bounded": vd.VBD(low=0.0, high=1.0),
+    "gaussian-dropout-on-inputs": vd.GaussianDropout(on="inputs"),
+    "variational-dropout-on-inputs": vd.VariationalDropout(on="inputs", alpha="input"),
     "structured-bp-input": vd.StructuredBP(place="input", draws="example", init_log_sigma=-1.0),
     "beta-bernoulli-output": vd.BetaBernoulli(place="output", init_a=2.0, init_b=3.0),
     "gate-and-noise": (vd.BetaBernoulli(place="input", init_a=2.0), vd.SparseVD()),

@@ -174,6 +174,16 @@ def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ..
         )
 
 
+def check_on(method: WeightMethod, on: str) -> None:
+    """Raises unless `on` is ``"weights"``, or ``"inputs"`` without what only weights have: a rule and a sampling."""
+    _check_choice(method, "on", on, ("weights", "inputs"))
+    if on == "inputs" and (method.rule is not None or method.sampling != "local"):
+        raise InvalidValueError(
+            f"{type(method).__name__}(on='inputs', rule={method.rule!r}, sampling={method.sampling!r}): "
+            "noise on inputs takes rule=None and sampling='local'"
+        )
+
+
 def check_range(
     method: Method, field: str, *, above: float = -math.inf, below: float = math.inf, closed: bool = False
 ) -> None:

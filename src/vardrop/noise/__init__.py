@@ -2,10 +2,13 @@
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
-from vardrop.noise.gate import BetaBernoulliGate as BetaBernoulliGate
 from vardrop.noise.gate import Gate as Gate
 from vardrop.noise.gate import Place as Place
-from vardrop.noise.gate import TruncatedLogNormalGate as TruncatedLogNormalGate
+from vardrop.noise.gates import AdditiveGate as AdditiveGate
+from vardrop.noise.gates import BetaBernoulliGate as BetaBernoulliGate
+from vardrop.noise.gates import ConcreteGate as ConcreteGate
+from vardrop.noise.gates import MultiplicativeGate as MultiplicativeGate
+from vardrop.noise.gates import TruncatedLogNormalGate as TruncatedLogNormalGate
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vardrop import functional as F
 from vardrop.functional.kumaraswamy import CLIP
-from vardrop.lrt import Operation, at_least_float32
+from vardrop.lrt import Operation
 from vardrop.noise.base import Layout, Noise
 
 Place = Literal["input", "output"]
@@ -103,80 +102,6 @@ class Gate(Noise):
         kind = torch.promote_types(like.dtype, torch.float32)
         draw = torch.rand(rows, self.units, dtype=kind, device=like.device, generator=self.generator)
         return draw.clamp(CLIP, 1.0 - CLIP)
-
-
-class TruncatedLogNormalGate(Gate):
-    """``log theta ~ N(mu, exp(2 log_sigma))`` cut to ``[low, high]`` (arXiv:1705.07283).
-
-    Args:
-        mu, log_sigma: first values.
-        low, high: the interval.
-        shared: one draw for the whole minibatch rather than one for each example.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        layout: Layout,
-        place: Place,
-        *,
-        mu: float,
-        log_sigma: float,
-        low: float,
-        high: float,
-        shared: bool,
-    ) -> None:
-        super().__init__(weight, layout, place)
-        self.low, self.high, self.shared = low, high, shared
-        self.mu = nn.Parameter(self.filled(weight, mu))
-        self.log_sigma = nn.Parameter(self.filled(weight, log_sigma))
-
-    def mean(self) -> Tensor:
-        return F.truncated_lognormal_mean(self.mu, self.log_sigma, self.low, self.high)
-
-    def sample(self, rows: int) -> Tensor:
-        u = self.uniform(1 if self.shared else rows, self.mu)
-        return F.truncated_lognormal_icdf(u, self.mu, self.log_sigma, self.low, self.high)
-
-
-class BetaBernoulliGate(Gate):
-    """``z ~ Bernoulli(pi)`` with ``pi ~ Kumaraswamy(a, b)``, both relaxed (arXiv:1805.10896, equations 13 to 15).
-
-    `pi` is drawn once for a minibatch, `z` for each example.
-
-    Args:
-        a, b: first values of the posterior's parameters, above 0; stored as ``raw_a, raw_b``, their inverse softplus.
-        temperature: of the relaxed Bernoulli variable.
-    """
-
-    def __init__(self, weight: Tensor, layout: Layout, place: Place, *, a: float, b: float, temperature: float) -> None:
-        super().__init__(weight, layout, place)
-        self.temperature = temperature
-        self.raw_a = nn.Parameter(inverse_softplus(self.filled(weight, a)))
-        self.raw_b = nn.Parameter(inverse_softplus(self.filled(weight, b)))
-
-    @property
-    def a(self) -> Tensor:
-        """First parameter of the posterior of each unit."""
-        return nn.functional.softplus(at_least_float32(self.raw_a))
-
-    @property
-    def b(self) -> Tensor:
-        """Second parameter of the posterior of each unit."""
-        return nn.functional.softplus(at_least_float32(self.raw_b))
-
-    def mean(self) -> Tensor:
-        return F.kumaraswamy_mean(self.a, self.b)
-
-    def sample(self, rows: int) -> Tensor:
-        a, b = self.a, self.b
-        logit_pi = F.kumaraswamy_logit_icdf(self.uniform(1, a), a, b)
-        return torch.sigmoid((logit_pi + torch.logit(self.uniform(rows, a))) / self.temperature)
-
-
-def inverse_softplus(x: Tensor) -> Tensor:
-    """The number whose softplus is `x`, above 0."""
-    return x + torch.log(-torch.expm1(-x))
 
 
 def broadcast(factor: Tensor, value: Tensor, dim: int) -> Tensor:
