@@ -17,6 +17,7 @@ from vardrop.methods import VBD as VBD
 from vardrop.methods import BernoulliDropout as BernoulliDropout
 from vardrop.methods import BetaBernoulli as BetaBernoulli
 from vardrop.methods import ConcreteDropout as ConcreteDropout
+from vardrop.methods import DependentBetaBernoulli as DependentBetaBernoulli
 from vardrop.methods import GammaARD as GammaARD
 from vardrop.methods import GaussianDropout as GaussianDropout
 from vardrop.methods import Method as Method

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
+from vardrop.noise import InputGate
 from vardrop.sites import SLOTS, noises
 from vardrop.surgery.convert import attach
 from vardrop.surgery.reading import LAYERS, NORMS
@@ -83,6 +84,11 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
         "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if isinstance(layer, RESIZABLE)},
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "methods": {name: _entry(used) for name, used in noisy.items()},
+        "gates": {
+            name: {"place": gate.place, "shape": list(gate.scale.shape)}
+            for name, layer in model.named_modules()
+            if isinstance(gate := layer._modules.get("gate"), InputGate)
+        },
     }
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -114,6 +120,7 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
     state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
+    _hang_gates(folder, model, record.get("gates", {}))
     _check_fits(folder, model, record, _without_noise(state, noisy))
     _resize(model, record["layers"], state)
     attach(model, noisy)
@@ -392,6 +399,15 @@ def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: 
         elif attribute != "bias" or not isinstance(modules.get(parent), LAYERS):
             faults.append(f"{name}: stored {tuple(stored[name].shape)}, built not at all")
     _refuse(folder, [*faults, *_ties_apart(model, record["aliases"])])
+
+
+def _hang_gates(folder: Path, model: nn.Module, gates: dict[str, Any]) -> None:
+    """Gives the freshly built `model` the gates that a compacted one kept, still without values."""
+    modules = dict(model.named_modules())
+    for name, entry in gates.items():
+        if not isinstance(modules.get(name), LAYERS):
+            raise StorageError(f"{folder} holds a gate for {name!r}, which is no layer of the built model")
+        InputGate(tuple(entry["shape"]), entry["place"]).hang_on(modules[name])
 
 
 def _ties_apart(model: nn.Module, stored: dict[str, str]) -> list[str]:

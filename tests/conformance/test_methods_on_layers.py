@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from cases import LAYERS, VARIANTS, Net
+from cases import LAYERS, VARIANTS, Net, convert
 from torch import nn
 
 import vardrop as vd
-from vardrop.noise import Gate
+from vardrop.noise import DependentGate, Gate
 
 pytestmark = [
     pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys()),
@@ -18,13 +18,23 @@ pytestmark = [
 
 def gated(plain, net, x):
     """The plain layer's output with the means of the gates of `net` multiplied in by hand."""
-    gates = [site.noise for site in vd.sites(net) if isinstance(site.noise, Gate)]
-    shape = (-1, *[1] * (plain.weight.dim() - 2))
-    for gate in gates:
+    for gate in (site.noise for site in vd.sites(net) if isinstance(site.noise, Gate)):
         if gate.place == "input":
-            return plain(x * gate.mean().detach().view(shape))
-        return plain(x) * gate.mean().detach().view(shape)
+            return plain(x * factor(gate, x, plain).detach())
+        return plain(x) * factor(gate, plain(x), plain).detach()
     return plain(x)
+
+
+def factor(gate, value, plain):
+    """The quiet multiplier, which for a fresh dependent gate has the statistics 0 and 1."""
+    shape = (-1, *[1] * (plain.weight.dim() - 2))
+    if not isinstance(gate, DependentGate):
+        return gate.mean().view(shape)
+    axis = value.dim() - len(shape)
+    positions = [dim for dim in range(1, value.dim()) if dim != axis]
+    level = (value.mean(positions, keepdim=True) if positions else value) / 1.001**0.5 + gate.shift.view(shape)
+    multiplier = gate.mean().view(shape) * level.clamp(1e-6, 1 - 1e-6)
+    return torch.where(multiplier > gate.threshold, multiplier, 0.0)
 
 
 def test_eval_is_the_plain_layer_times_its_gate_and_the_parameters_stay_the_same_objects(case, method):
@@ -32,22 +42,23 @@ def test_eval_is_the_plain_layer_times_its_gate_and_the_parameters_stay_the_same
     plain = copy.deepcopy(net[0])
     x = case.input()
     before = dict(net.named_parameters())
-    vd.convert(net, method).eval()
+    convert(net, method).eval()
     torch.testing.assert_close(net(x), gated(plain, net, x))
     assert all(dict(net.named_parameters())[name] is parameter for name, parameter in before.items())
 
 
-def test_training_is_noisy_and_its_mean_is_the_quiet_output(case, method):
+def test_a_noisy_pass_draws_and_its_mean_is_the_quiet_output(case, method):
     net = case.converted(method)
     x = case.input()
-    draws = torch.stack([net.train()(x) for _ in range(100)]).detach()
+    with vd.noise(net, on=True):
+        draws = torch.stack([net.eval()(x) for _ in range(100)]).detach()
     assert draws.std(dim=0).max() > 0
     standard_error = draws.std(dim=0) / draws.shape[0] ** 0.5
     assert ((draws.mean(dim=0) - net.eval()(x)).abs() <= 5.5 * standard_error + 1e-6).all()
 
 
 def test_every_parameter_gets_a_finite_gradient(case, method):
-    net = case.converted(method)
+    net = case.converted(method).train()
     loss = net(case.input()).square().mean() + vd.kl(net) / 100
     loss.backward()
     for name, parameter in net.named_parameters():
@@ -108,7 +119,8 @@ def test_prune_marks_by_score_and_strip_gives_the_plain_class_with_the_same_outp
     expected = net.eval()(x)
     stripped = vd.strip(copy.deepcopy(net))
     assert type(stripped[0]) is type(case.build())
-    assert set(stripped.state_dict()) == set(nn.Sequential(case.build()).state_dict())
+    kept = {name for name in stripped.state_dict() if ".gate." not in name}
+    assert kept == set(nn.Sequential(case.build()).state_dict())
     torch.testing.assert_close(stripped(x), expected)
     for parameter in stripped.parameters():
         assert not torch.signbit(parameter[parameter == 0]).any()

@@ -4,6 +4,7 @@ from vardrop.methods.ard import ARD as ARD
 from vardrop.methods.base import Method as Method
 from vardrop.methods.beta_bernoulli import BetaBernoulli as BetaBernoulli
 from vardrop.methods.concrete import ConcreteDropout as ConcreteDropout
+from vardrop.methods.dependent import DependentBetaBernoulli as DependentBetaBernoulli
 from vardrop.methods.dropout import BernoulliDropout as BernoulliDropout
 from vardrop.methods.dropout import GaussianDropout as GaussianDropout
 from vardrop.methods.gamma_ard import GammaARD as GammaARD

@@ -44,6 +44,8 @@ class Method:
     """
 
     paper: ClassVar[Paper]
+    follows: ClassVar[type[Method] | None] = None
+    """The method of the stage before this one, if there is one."""
     default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
 
     @classmethod
@@ -64,6 +66,9 @@ class Method:
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         """A fresh noise for a layer with this `weight`, whose axes are told by `layout`."""
         raise NotImplementedError(f"{type(self).__name__} must make a noise")
+
+    def continues(self, noise: Noise, first: Noise) -> None:
+        """Hands what the noise of the stage before has learned to the fresh `noise`, in a method that follows one."""
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         """What the noise pays, summed over all live elements, in nats: a scalar in float32 or better."""

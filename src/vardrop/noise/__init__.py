@@ -2,6 +2,8 @@
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
+from vardrop.noise.dependent import DependentGate as DependentGate
+from vardrop.noise.dependent import InputGate as InputGate
 from vardrop.noise.gate import Gate as Gate
 from vardrop.noise.gate import Place as Place
 from vardrop.noise.gates import AdditiveGate as AdditiveGate

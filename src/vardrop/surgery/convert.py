@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
 from vardrop.layers import GATED, NOISY
 from vardrop.methods.base import GateMethod, Method
-from vardrop.noise import Layout, Noise
+from vardrop.noise import DependentGate, Gate, Layout, Noise
 from vardrop.sites import SLOTS, folded, noises, sites
 
 PLAIN = {noisy: plain for plain, noisy in NOISY.items()}
@@ -34,6 +34,8 @@ def convert(
     Parameters keep their identity and names, so optimisers, hooks and dense checkpoints made earlier stay valid. Make
     the optimiser that is to train the noise after this call, so that it sees the new parameters.
 
+    A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
+
     Args:
         model: any module built of Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers, among others.
         method: one method; a tuple of two, one on units and one on weights; or a dict from name patterns
@@ -52,7 +54,13 @@ def convert(
     >>> [type(site.method).__name__ for site in vd.sites(net)]
     ['SparseVD', 'ARD']
     """
-    attach(model, _choose(model, method, _as_patterns(include), _as_patterns(exclude)))
+    given = method if isinstance(method, Mapping) else {"*": method}
+    by_pattern = {pattern: _as_methods(pattern, value) for pattern, value in given.items()}
+    chosen = _choose(model, by_pattern, _as_patterns(include), _as_patterns(exclude))
+    if any(method.follows for methods in by_pattern.values() for method in methods):
+        _advance(model, chosen)
+    else:
+        attach(model, chosen)
     return model
 
 
@@ -67,7 +75,8 @@ def attach(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
 def strip(model: nn.Module) -> nn.Module:
     """Turns a converted `model` back into a plain one in place, dead weights at zero, and returns it.
 
-    The result computes what the converted model computes in eval mode, and holds no class of this library.
+    The result computes what the converted model computes in eval mode. It holds no class of this library, but for the
+    small plain modules of gates that depend on their input.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> type(vd.strip(net))
@@ -85,9 +94,12 @@ def strip(model: nn.Module) -> nn.Module:
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
+        gate = layer._modules.get("gate")
         for slot in SLOTS:
             layer._modules.pop(slot, None)
         layer.__class__ = plain
+        if isinstance(gate, DependentGate):
+            gate.remainder(weight).hang_on(layer)
     _open_fast_paths(model)
     return model
 
@@ -118,16 +130,12 @@ def _project(layer: nn.Module, inputs: Any) -> None:
 
 def _choose(
     model: nn.Module,
-    method: Choice | Mapping[str, Choice],
+    by_pattern: Mapping[str, tuple[Method, ...]],
     include: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
 ) -> dict[str, tuple[Method, ...]]:
     """The layers to convert by name, each with its methods; everything is checked here, before any change."""
-    given = method if isinstance(method, Mapping) else {"*": method}
-    by_pattern = {pattern: _as_methods(pattern, value) for pattern, value in given.items()}
-    if next(sites(model), None) is not None:
-        raise ConversionError("the model is converted already: convert a plain one, or call vardrop.strip(model) first")
-    layers = {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+    layers = _candidates(model, by_pattern)
     _check_patterns(include, layers, "include")
     _check_patterns(exclude, layers, "exclude")
     chosen: dict[str, tuple[Method, ...]] = {}
@@ -141,11 +149,11 @@ def _choose(
         named = include is not None or matching[0] != "*"
         methods = by_pattern[matching[0]]
         gated = any(method.on_units for method in methods)
-        if _is_convertible(name, layer, GATED if gated else NOISY.keys(), named=named):
+        if noises(layer) or _is_convertible(name, layer, GATED if gated else NOISY.keys(), named=named):
             used.add(matching[0])
             chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
     unused = [pattern for pattern in by_pattern if pattern not in used]
-    if unused and isinstance(method, Mapping):
+    if unused and list(by_pattern) != ["*"]:
         raise InvalidValueError(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
@@ -155,6 +163,44 @@ def _choose(
             f"{', '.join(kind.__name__ for kind in NOISY)} outside the excluded ones"
         )
     return chosen
+
+
+def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) -> dict[str, nn.Module]:
+    """The layers that could be converted: plain ones, or for a second stage those with the noise of the first."""
+    methods = [method for given in by_pattern.values() for method in given]
+    second = next((method for method in methods if method.follows), None)
+    if second is None or second.follows is None:
+        if next(sites(model), None) is not None:
+            raise ConversionError(
+                "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
+            )
+        return {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+    own, first = type(second).__name__, second.follows
+    if any(type(method) is not type(second) for method in methods):
+        raise InvalidValueError(f"{own} is a second stage and is given alone, without methods of the first")
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if any(type(noise.method) is first for noise in noises(layer).values())
+    }
+    if not found:
+        raise ConversionError(
+            f"{own} is the second stage of {first.__name__}, of which the model has no trained gates: call "
+            f"vardrop.convert(model, vardrop.{first.__name__}()) and train it first"
+        )
+    return found
+
+
+def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
+    """Puts the gates of the second stage in the place of those of the first."""
+    for name, (method,) in chosen.items():
+        layer = model.get_submodule(name)
+        first = cast(Gate, layer.gate)
+        gate_method = replace(cast(GateMethod, method), place=first.place)
+        gate = gate_method.noise(cast(Tensor, layer.weight), cast(Layout, layer.layout))
+        gate_method.continues(gate, first)
+        gate.method = gate_method
+        layer.gate = gate.train(layer.training)
 
 
 def _as_methods(pattern: str, value: Choice) -> tuple[Method, ...]:
