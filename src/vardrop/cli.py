@@ -60,6 +60,7 @@ def compress(
     epochs: Annotated[int, typer.Option(help="Passes over the training data")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
+    gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
@@ -70,6 +71,10 @@ def compress(
     warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(help="Start from stored weights: a safetensors file, or a folder that vardrop.save wrote"),
+    ] = None,
     validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
     on_empty: Annotated[
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
@@ -87,6 +92,7 @@ def compress(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        gate_lr=gate_lr,
         decay_from=epochs // 2 if decay_from is None else decay_from,
         warmup_start=epochs // 40 if warmup_start is None else warmup_start,
         warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
@@ -100,6 +106,7 @@ def compress(
         schedule=schedule,
         validation=validation,
         pretrain=pretrain,
+        pretrained=pretrained,
         data_root=data_root,
         on_empty=on_empty,
         fast=fast,
@@ -107,6 +114,8 @@ def compress(
     with _progress() as progress:
         result = run(job, out, listeners=_listeners(progress))
     console.print(result_table(result))
+    if result["pruned"]["units"]:
+        console.print(f"units {result['pruned']['units']}")
     console.print(f"everything is in {out}; next: vardrop report {out}")
 
 
@@ -240,7 +249,7 @@ def _listeners(progress: Progress) -> Listeners:
         error, kind = (epoch.train_error, "train") if epoch.valid_error is None else (epoch.valid_error, "valid")
         figures = (
             f"{kind} error {100 * error:.2f} %, NLL {epoch.train_nll:.4f}, KL {epoch.kl:,.0f} nats, "
-            f"{epoch.compression:.1f}x"
+            f"{epoch.compression:.1f}x" + (f", units {epoch.units}" if epoch.units else "")
         )
         progress.update(tasks[-1], completed=epoch.epoch + 1, figures=figures)
 

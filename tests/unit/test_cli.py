@@ -112,7 +112,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
     ("arguments", "message"),
     [
         (["lenet-9"], "net 'lenet-9' is unknown"),
-        (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, bernoulli-dropout"),
+        (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, beta-bernoulli"),
         (["lenet-300-100", "--set", "threshold=high"], "--set threshold=high: must be a number"),
         (["lenet-300-100", "--set", "size=3"], "must be field=value with a field of sparse-vd"),
         (["lenet-300-100", "--method", "gamma-ard", "--set", "a=0.5"], "GammaARD(a=0.5): must satisfy 0.5 < a"),

@@ -20,3 +20,6 @@ NOISY: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: NoisyConvTranspose3d,
 }
 """From a plain layer's exact type to its noisy class; a class swap in either direction leaves the parameters alone."""
+
+GATED = frozenset(NOISY)
+"""The plain layers whose units can have a gate: each runs its one operation by :func:`vardrop.layers.base.run`."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch.nn.functional
 from torch import Tensor, nn
 
-from vardrop.noise import Layout, Noise
+from vardrop.layers.base import run
+from vardrop.noise import Gate, Layout, Noise
 
 
 class NoisyLinear(nn.Linear):
-    """``nn.Linear`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.Linear`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
     noise: Noise
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
         return Layout()
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.noise(torch.nn.functional.linear, input, self.weight, self.bias)
-        return output
+        return run(self, torch.nn.functional.linear, input)
