@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from vardrop.compress import Job, Listeners
-from vardrop.errors import InvalidValueError, VardropError
+from vardrop.errors import InvalidValueError, VardropError, VardropWarning
 from vardrop.methods import Method, methods
 from vardrop.train import Epoch, Schedule
 
@@ -295,6 +296,19 @@ def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def _show_warnings_as_lines() -> None:
+    """The library's own warnings become one line on stderr, without the place in the code that raised them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if issubclass(category, VardropWarning):
+            errors.print(f"[bold yellow]warning:[/bold yellow] {escape(str(message))}", soft_wrap=True)
+        else:
+            usual(message, category, filename, lineno, *rest)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what one step frees for the next one, which saves the system's zeroing of fresh pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -311,7 +325,9 @@ def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
     keep_freed_memory()
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            _show_warnings_as_lines()
+            code = app(standalone_mode=False)
     except click.exceptions.ClickException as error:
         error.show()
         code = error.exit_code
