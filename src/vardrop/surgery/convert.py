@@ -231,7 +231,8 @@ def _placed(model: nn.Module, name: str, layer: nn.Module, method: Method) -> Me
             f"layer {name!r} shares its weight with {tied[0]!r}, so the multipliers of its units cannot be folded into "
             f"it: leave it out with exclude={name!r}"
         )
-    if not isinstance(method, GateMethod) or method.place == "input" or _last(model) is not layer:
+    outputs = isinstance(method, GateMethod) and method.placed(cast(Tensor, layer.weight)) == "output"
+    if not isinstance(method, GateMethod) or not outputs or _last(model) is not layer:
         return method
     if method.place == "output":
         raise ConversionError(

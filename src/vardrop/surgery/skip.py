@@ -31,7 +31,7 @@ class SkippingLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != len(self.gate.scale):
             raise InvalidValueError(
-                f"x has shape {tuple(x.shape)}: must be one example, {len(self.gate.scale)} numbers"
+                f"x has shape {tuple(x.shape)}: must be one example with {len(self.gate.scale)} units"
             )
         gated = (x * self.gate.opening(x)).flatten()
         open_units = gated.nonzero()[:, 0]
