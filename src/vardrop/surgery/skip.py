@@ -20,6 +20,7 @@ class SkippingLinear(nn.Module):
         layer: a linear layer with an :class:`~vardrop.noise.InputGate` on its inputs.
     """
 
+    weight: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -35,14 +36,18 @@ class SkippingLinear(nn.Module):
             )
         gated = (x * self.gate.opening(x)).flatten()
         open_units = gated.nonzero()[:, 0]
-        y = gated[open_units] @ cast(Tensor, self.weight).index_select(0, open_units)
+        if 2 * len(open_units) > len(gated):  # to gather most of the weight takes longer than to read it all
+            y = gated @ self.weight
+        else:
+            y = gated[open_units] @ self.weight.index_select(0, open_units)
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
 
 
 def skip_closed_units(model: nn.Module) -> nn.Module:
     """Replaces, in place, each linear layer behind an input gate by a :class:`SkippingLinear`, and returns `model`.
 
-    For serving one example at a time, where a matrix product takes as long as it takes to read the weight.
+    For serving one example at a time, where a matrix product takes as long as it takes to read the weight. It pays in
+    layers of a thousand units and more of which most are closed; in small ones the choosing takes longer.
 
     Args:
         model: a compacted net from a run with :class:`vardrop.DependentBetaBernoulli`.
