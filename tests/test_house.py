@@ -27,6 +27,7 @@ FLOORS = [
     {"elbo", "predict", "measure", "io", "export", "cite"},
     {"surgery"},
     {"sites"},
+    {"baselines"},
     {"methods", "layers"},
     {"noise"},
     {"fused"},

@@ -5,6 +5,9 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 
 from vardrop import functional as functional
 from vardrop import warmup as warmup
+from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
+from vardrop.baselines import MagnitudePruning as MagnitudePruning
+from vardrop.baselines import baselines as baselines
 from vardrop.cite import cite as cite
 from vardrop.elbo import ELBO as ELBO
 from vardrop.elbo import kl as kl

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vardrop.baselines import baselines
 from vardrop.compress import Job, Listeners
 from vardrop.errors import InvalidValueError, VardropError, VardropWarning
 from vardrop.methods import Method, methods
@@ -161,7 +162,7 @@ def list_methods() -> None:
     from vardrop.zoo import DATASETS, NETS
 
     table = Table("method", "what it is", "fields and defaults", title="Methods")
-    for name, cls in methods().items():
+    for name, cls in (methods() | baselines()).items():
         defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
@@ -193,7 +194,7 @@ def make_method(name: str, settings: Sequence[str]) -> Method:
     >>> make_method("gamma-ard", ["a=0.505", "rule=snr"]).a
     0.505
     """
-    known = methods()
+    known = methods() | baselines()
     if name not in known:
         raise InvalidValueError(f"method {name!r} is unknown; known are: {', '.join(known)}")
     cls = known[name]
@@ -219,11 +220,13 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise InvalidValueError(f"--set {key}={text}: must be true or false")
         return text.lower() == "true"
-    if float in options:
+    kind = next((kind for kind in (float, int) if kind in options), None)
+    if kind is not None:
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            raise InvalidValueError(f"--set {key}={text}: must be a number") from None
+            what = "a number" if kind is float else "a whole number"
+            raise InvalidValueError(f"--set {key}={text}: must be {what}") from None
     return text
 
 

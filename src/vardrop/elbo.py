@@ -76,6 +76,9 @@ class ELBO:
         """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example."""
         if nll.dim() != 0:
             raise InvalidValueError(f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch")
+        if model.training and torch.is_grad_enabled():
+            for site in sites(model):
+                site.method.step(site.noise, site.weight, max(self.epoch, 0))
         total = kl(model)
         self.nll, self.kl = nll.detach(), total.detach()
         return nll + total * (self.beta / self.num_data)

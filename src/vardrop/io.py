@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.parameter import is_lazy
 
+from vardrop.baselines import baselines
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
@@ -358,7 +359,7 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
     kinds: list[type[Method]] = [Method]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    known = {kind.command_name(): kind for kind in kinds} | methods()
+    known = {kind.command_name(): kind for kind in kinds} | methods() | baselines()
     if entry["name"] not in known:
         raise StorageError(
             f"the stored model uses the method {entry['name']!r}; known are: {', '.join(methods())}, and those of "

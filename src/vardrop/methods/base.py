@@ -82,6 +82,9 @@ class Method:
         """The least score that lives, for the method's own threshold or for another one."""
         raise InvalidValueError(f"{type(self).__name__} has no pruning rule, so it has no threshold")
 
+    def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
+        """What a baseline does once for each training loss, such as moving its mask; `epoch` counts from 0."""
+
     def project(self, noise: Noise) -> None:
         """Puts the noise's parameters back into their domain after an optimiser step, in place."""
 
