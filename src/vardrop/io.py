@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
-from vardrop.noise import Noise
+from vardrop.noise import noises_of
 from vardrop.sites import sites
 from vardrop.surgery.convert import convert
 from vardrop.surgery.reading import LAYERS, NORMS
@@ -151,15 +151,7 @@ def size_on_disk(folder: str | Path) -> int:
 
 def _methods(model: nn.Module) -> dict[str, Method]:
     """The method of every noisy layer, also where two layers share one noise."""
-    by_noise = {site.noise: site.method for site in sites(model)}
-    return {name: by_noise[noise] for name, _, noise in _noisy_layers(model)}
-
-
-def _noisy_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
-    for name, layer in model.named_modules():
-        noise = layer._modules.get("noise")
-        if isinstance(noise, Noise):
-            yield name, layer, noise
+    return {name: noise.method for name, layer in model.named_modules() for noise in noises_of(layer).values()}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -407,10 +399,10 @@ def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Names and shapes of the built, cut and converted `model` against the stored ones, before values are set."""
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, layer, _ in _noisy_layers(model):
-        mask = f"{name}.noise.mask" if name else "noise.mask"
-        if mask in state:
-            built[mask] = tuple(layer.get_parameter("weight").shape)
+    weights: dict[nn.Module, Tensor] = {site.noise: site.weight for site in sites(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in weights and f"{name}.mask" in state:
+            built[f"{name}.mask"] = tuple(weights[module].shape)
     stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = [
         f"{name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"

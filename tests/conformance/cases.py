@@ -9,15 +9,34 @@ from torch import Tensor, nn
 import vardrop as vd
 
 
+class First(nn.Module):
+    """The output of a recurrent layer, without its last state."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0]
+
+
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer and the shape of an input to it."""
+    """A layer and the shape of an input to it: numbers, or words below `words`."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    words: int = 0
+
+    def net(self) -> nn.Sequential:
+        layer = self.build()
+        return nn.Sequential(layer, First()) if isinstance(layer, nn.RNNBase) else nn.Sequential(layer)
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(self.shape, dtype=dtype, generator=torch.Generator().manual_seed(7))
+        generator = torch.Generator().manual_seed(7)
+        if self.words:
+            return torch.randint(self.words, self.shape, generator=generator)
+        return torch.randn(self.shape, dtype=dtype, generator=generator)
+
+    @property
+    def linear_in_the_weight(self) -> bool:
+        return not isinstance(self.build(), nn.RNNBase)
 
 
 LAYERS = {
@@ -35,6 +54,11 @@ LAYERS = {
         lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (3, 4, 5, 5)
     ),
     "conv-transpose3d": LayerCase(lambda: nn.ConvTranspose3d(2, 3, 2, dilation=2, bias=False), (2, 2, 3, 3, 3)),
+    "rnn": LayerCase(lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), (5, 2, 3)),
+    "lstm": LayerCase(lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True), (5, 2, 3)),
+    "gru": LayerCase(lambda: nn.GRU(3, 4, batch_first=True), (2, 5, 3)),
+    "embedding": LayerCase(lambda: nn.Embedding(7, 4, padding_idx=2), (3, 5), words=7),
+    "embedding-bag": LayerCase(lambda: nn.EmbeddingBag(7, 4, mode="sum"), (3, 5), words=7),
 }
 
 METHODS = {name: cls() for name, cls in vd.methods().items()}

@@ -1,5 +1,8 @@
 """Site classes: what `convert` swaps a layer's class for. Each asks its noise and runs its own operation."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from vardrop.layers.conv import NoisyConv1d as NoisyConv1d
@@ -8,7 +11,14 @@ from vardrop.layers.conv import NoisyConv3d as NoisyConv3d
 from vardrop.layers.conv import NoisyConvTranspose1d as NoisyConvTranspose1d
 from vardrop.layers.conv import NoisyConvTranspose2d as NoisyConvTranspose2d
 from vardrop.layers.conv import NoisyConvTranspose3d as NoisyConvTranspose3d
+from vardrop.layers.embedding import NoisyEmbedding as NoisyEmbedding
+from vardrop.layers.embedding import NoisyEmbeddingBag as NoisyEmbeddingBag
+from vardrop.layers.embedding import unsupported_lookup
 from vardrop.layers.linear import NoisyLinear as NoisyLinear
+from vardrop.layers.recurrent import NoisyGRU as NoisyGRU
+from vardrop.layers.recurrent import NoisyLSTM as NoisyLSTM
+from vardrop.layers.recurrent import NoisyRNN as NoisyRNN
+from vardrop.layers.recurrent import unsupported_recurrence
 
 NOISY: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NoisyLinear,
@@ -18,5 +28,24 @@ NOISY: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose1d: NoisyConvTranspose1d,
     nn.ConvTranspose2d: NoisyConvTranspose2d,
     nn.ConvTranspose3d: NoisyConvTranspose3d,
+    nn.RNN: NoisyRNN,
+    nn.LSTM: NoisyLSTM,
+    nn.GRU: NoisyGRU,
+    nn.Embedding: NoisyEmbedding,
+    nn.EmbeddingBag: NoisyEmbeddingBag,
 }
 """From a plain layer's exact type to its noisy class; a class swap in either direction leaves the parameters alone."""
+
+UNSUPPORTED: dict[type[nn.Module], Callable[[Any], str | None]] = {
+    nn.LSTM: unsupported_recurrence,
+    nn.Embedding: unsupported_lookup,
+    nn.EmbeddingBag: unsupported_lookup,
+}
+"""Says of a plain layer which of its options its noisy class does not know, and what would be right."""
+
+
+def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of a plain or noisy `layer` that carry noise."""
+    if isinstance(layer, nn.RNNBase):
+        return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
+    return ("weight",)

@@ -2,6 +2,7 @@
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
+from vardrop.noise.base import noises_of as noises_of
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import NOISY
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_parameters
 from vardrop.methods.base import Method
-from vardrop.noise import Layout, Noise
+from vardrop.noise import Layout, Noise, noises_of
 from vardrop.sites import sites
 
 PLAIN = {noisy: plain for plain, noisy in NOISY.items()}
@@ -33,14 +33,16 @@ def convert(
     the optimiser that is to train the noise after this call, so that it sees the new parameters.
 
     Args:
-        model: any module built of Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers, among others.
+        model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding and
+            EmbeddingBag layers, among others.
         method: one method, or a dict from name patterns (``"features.*"``) to methods; the first match wins.
         include: name patterns of the layers to convert; all supported ones by default.
         exclude: name patterns of the layers to leave as they are.
 
     Raises:
         InvalidValueError: a pattern matches nothing, or `method` is not a method.
-        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or is a subclass of one that has.
+        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or any is a subclass of one that
+            has, or has an option that the noisy form does not know.
         ConversionError: the model is converted already, or nothing in it can be converted.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -69,9 +71,10 @@ def strip(model: nn.Module) -> nn.Module:
         plain = PLAIN.get(type(layer))
         if plain is None:
             continue
-        weight = cast(Tensor, layer.weight)
         with torch.no_grad():
-            weight.copy_(cast(Noise, layer.noise).masked(weight))
+            for parameter, noise in noises_of(layer).items():
+                weight = layer.get_parameter(parameter)
+                weight.copy_(noise.masked(weight))
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
@@ -82,15 +85,16 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def _make_noisy(layer: nn.Module, method: Method, shared: dict[Tensor, Noise]) -> None:
-    weight = cast(Tensor, layer.weight)
-    noisy_class = NOISY[type(layer)]
-    if weight not in shared:
-        layer.__class__ = noisy_class
-        shared[weight] = method.noise(weight, cast(Layout, layer.layout))
-        shared[weight].method = method
-        shared[weight].train(layer.training)
-    layer.__class__ = noisy_class
-    layer.noise = shared[weight]
+    layer.__class__ = NOISY[type(layer)]
+    noises: dict[str, nn.Module] = {}
+    for parameter in noisy_parameters(layer):
+        weight = layer.get_parameter(parameter)
+        if weight not in shared:
+            shared[weight] = method.noise(weight, cast(Layout, layer.layout))
+            shared[weight].method = method
+            shared[weight].train(layer.training)
+        noises[parameter] = shared[weight]
+    layer.noise = noises["weight"] if noises.keys() == {"weight"} else nn.ModuleDict(noises).train(layer.training)
     if type(method).project is not Method.project:
         layer.register_forward_pre_hook(_project)
 
@@ -100,9 +104,9 @@ def _project(layer: nn.Module, inputs: Any) -> None:
 
     Doing it here rather than after the step serves every optimiser, and a second pass before the backward is harmless.
     """
-    noise = cast(Noise, layer.noise)
     if layer.training:
-        noise.method.project(noise)
+        for noise in noises_of(layer).values():
+            noise.method.project(noise)
 
 
 def _choose(
@@ -152,9 +156,15 @@ def _choose(
 def _is_convertible(name: str, layer: nn.Module, *, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
     kind = next((kind for kind in NOISY if isinstance(layer, kind)), None)
-    if kind is not None and isinstance(layer.weight, UninitializedParameter):
+    if kind is not None and any(isinstance(getattr(layer, w), UninitializedParameter) for w in noisy_parameters(layer)):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
     if type(layer) in NOISY:
+        check = UNSUPPORTED.get(type(layer))
+        fault = check(layer) if check else None
+        if fault is not None:
+            raise UnsupportedLayerError(
+                f"layer {name!r} is a {type(layer).__name__}: {fault}, or leave it out with exclude={name!r}"
+            )
         return True
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
     if own or (named and next(layer.parameters(), None) is not None):
