@@ -29,7 +29,7 @@ from vardrop.methods import Method, methods
 from vardrop.noise import noises_of
 from vardrop.sites import sites
 from vardrop.surgery.convert import convert
-from vardrop.surgery.reading import LAYERS, NORMS
+from vardrop.surgery.reading import LAYERS, NORMS, RECURRENT
 
 FORMAT = 1
 TENSORS = "model.safetensors"
@@ -43,8 +43,13 @@ DIMENSIONS = (
     "groups",
     "num_features",
     "num_parameters",
+    "input_size",
+    "hidden_size",
+    "num_embeddings",
+    "embedding_dim",
+    "padding_idx",
 )
-RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, nn.PReLU)
+RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU)
 HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 LISTED = 8
 

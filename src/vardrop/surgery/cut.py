@@ -119,6 +119,10 @@ def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
         owner.in_features, owner.out_features = counts
     elif isinstance(owner, _ConvNd):
         owner.in_channels, owner.out_channels, owner.groups = *counts, len(small)
+    elif isinstance(owner, nn.RNNBase) and "weight_hh" in layer.weight:
+        owner.hidden_size = counts[0]
+    elif isinstance(owner, nn.RNNBase) and layer.weight.endswith("weight_ih_l0"):
+        owner.input_size = counts[0]
 
 
 def _living(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
