@@ -14,7 +14,9 @@ from vardrop.layers.conv import NoisyConvTranspose3d as NoisyConvTranspose3d
 from vardrop.layers.embedding import NoisyEmbedding as NoisyEmbedding
 from vardrop.layers.embedding import NoisyEmbeddingBag as NoisyEmbeddingBag
 from vardrop.layers.embedding import unsupported_lookup
+from vardrop.layers.linear import NoisyConv1D as NoisyConv1D
 from vardrop.layers.linear import NoisyLinear as NoisyLinear
+from vardrop.layers.linear import is_conv1d, noisy_conv1d
 from vardrop.layers.recurrent import NoisyGRU as NoisyGRU
 from vardrop.layers.recurrent import NoisyLSTM as NoisyLSTM
 from vardrop.layers.recurrent import NoisyRNN as NoisyRNN
@@ -42,6 +44,16 @@ UNSUPPORTED: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.EmbeddingBag: unsupported_lookup,
 }
 """Says of a plain layer which of its options its noisy class does not know, and what would be right."""
+
+
+def noisy_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The noisy class of plain layers of exactly this `kind`; ``None`` where there is none."""
+    return noisy_conv1d(kind) if is_conv1d(kind) else NOISY.get(kind)  # type: ignore[arg-type]
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of the plain layers that became layers of the noisy class `kind`; ``None`` for any other class."""
+    return kind.__bases__[-1] if kind in NOISY.values() or issubclass(kind, NoisyConv1D) else None
 
 
 def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import NOISY, UNSUPPORTED, noisy_parameters
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class
 from vardrop.methods.base import Method
 from vardrop.noise import Layout, Noise, noises_of
 from vardrop.sites import sites
 
-PLAIN = {noisy: plain for plain, noisy in NOISY.items()}
 Patterns = str | Sequence[str]
 
 
@@ -68,7 +67,7 @@ def strip(model: nn.Module) -> nn.Module:
     <class 'torch.nn.modules.linear.Linear'>
     """
     for layer in model.modules():
-        plain = PLAIN.get(type(layer))
+        plain = plain_class(type(layer))
         if plain is None:
             continue
         with torch.no_grad():
@@ -85,7 +84,7 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def _make_noisy(layer: nn.Module, method: Method, shared: dict[Tensor, Noise]) -> None:
-    layer.__class__ = NOISY[type(layer)]
+    layer.__class__ = noisy_class(type(layer)) or type(layer)
     noises: dict[str, nn.Module] = {}
     for parameter in noisy_parameters(layer):
         weight = layer.get_parameter(parameter)
@@ -158,7 +157,7 @@ def _is_convertible(name: str, layer: nn.Module, *, named: bool) -> bool:
     kind = next((kind for kind in NOISY if isinstance(layer, kind)), None)
     if kind is not None and any(isinstance(getattr(layer, w), UninitializedParameter) for w in noisy_parameters(layer)):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-    if type(layer) in NOISY:
+    if noisy_class(type(layer)) is not None:
         check = UNSUPPORTED.get(type(layer))
         fault = check(layer) if check else None
         if fault is not None:
