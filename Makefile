@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check format lint types tests test-slow clean
+.PHONY: demo test check format lint types tests test-slow bench clean
 
 demo: $(STAMP)
 	$(BIN)/vardrop demo
@@ -25,6 +25,12 @@ tests: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# The peers state torchvision as a need but do not import it, so they come without what they state.
+bench: $(STAMP)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])' | xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/render.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

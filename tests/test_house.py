@@ -163,3 +163,8 @@ def test_the_readme_shows_what_the_stored_runs_say():
             run = json.loads(path.read_text())
             assert run["pruned"]["error"] == run["compacted"]["error"], row["run"]
             assert len(run["history"]) == run["config"]["schedule"]["epochs"], row["run"]
+
+
+def test_the_page_on_performance_shows_what_the_stored_benchmark_says():
+    made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"], capture_output=True)
+    assert made.returncode == 0, made.stderr

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from vardrop.compress import Job, Listeners
-from vardrop.errors import InvalidValueError, VardropError
+from vardrop.errors import InvalidValueError, VardropError, VardropWarning
 from vardrop.methods import Method, methods
 from vardrop.train import Epoch, Schedule
 
@@ -60,6 +61,7 @@ def compress(
     epochs: Annotated[int, typer.Option(help="Passes over the training data")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
+    gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
@@ -70,6 +72,10 @@ def compress(
     warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(help="Start from stored weights: a safetensors file, or a folder that vardrop.save wrote"),
+    ] = None,
     validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
     on_empty: Annotated[
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
@@ -87,6 +93,7 @@ def compress(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        gate_lr=gate_lr,
         decay_from=epochs // 2 if decay_from is None else decay_from,
         warmup_start=epochs // 40 if warmup_start is None else warmup_start,
         warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
@@ -100,6 +107,7 @@ def compress(
         schedule=schedule,
         validation=validation,
         pretrain=pretrain,
+        pretrained=pretrained,
         data_root=data_root,
         on_empty=on_empty,
         fast=fast,
@@ -107,6 +115,8 @@ def compress(
     with _progress() as progress:
         result = run(job, out, listeners=_listeners(progress))
     console.print(result_table(result))
+    if result["pruned"]["units"]:
+        console.print(f"units {result['pruned']['units']}")
     console.print(f"everything is in {out}; next: vardrop report {out}")
 
 
@@ -240,7 +250,7 @@ def _listeners(progress: Progress) -> Listeners:
         error, kind = (epoch.train_error, "train") if epoch.valid_error is None else (epoch.valid_error, "valid")
         figures = (
             f"{kind} error {100 * error:.2f} %, NLL {epoch.train_nll:.4f}, KL {epoch.kl:,.0f} nats, "
-            f"{epoch.compression:.1f}x"
+            f"{epoch.compression:.1f}x" + (f", units {epoch.units}" if epoch.units else "")
         )
         progress.update(tasks[-1], completed=epoch.epoch + 1, figures=figures)
 
@@ -286,7 +296,20 @@ def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _keep_freed_memory() -> None:
+def _show_warnings_as_lines() -> None:
+    """The library's own warnings become one line on stderr, without the place in the code that raised them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if issubclass(category, VardropWarning):
+            errors.print(f"[bold yellow]warning:[/bold yellow] {escape(str(message))}", soft_wrap=True)
+        else:
+            usual(message, category, filename, lineno, *rest)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+def keep_freed_memory() -> None:
     """Lets glibc keep what one step frees for the next one, which saves the system's zeroing of fresh pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -300,9 +323,11 @@ def _count(value: int | None) -> str:
 
 def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            _show_warnings_as_lines()
+            code = app(standalone_mode=False)
     except click.exceptions.ClickException as error:
         error.show()
         code = error.exit_code

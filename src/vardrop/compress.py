@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
-from vardrop.io import save, size_on_disk
+from vardrop.io import load_weights, save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters
 from vardrop.methods import Method
-from vardrop.sites import sites
+from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
 from vardrop.surgery.prune import Pruned, prune
@@ -52,6 +52,7 @@ class Job:
         schedule: how to train.
         validation: training examples set apart to choose by; they are not trained on.
         pretrain: epochs of plain training before the conversion.
+        pretrained: weights to start from: a safetensors file, or a folder written by :func:`vardrop.save`.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
         fast: train on the fast path, compiled where the run has steps enough to pay for it.
@@ -63,6 +64,7 @@ class Job:
     schedule: Schedule
     validation: int = 0
     pretrain: int = 0
+    pretrained: Path | None = None
     data_root: Path | None = None
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
     fast: bool = True
@@ -82,6 +84,7 @@ class Job:
             "validation": self.validation,
             "pretrain": self.pretrain,
             "fast": self.fast,
+            "pretrained": None if self.pretrained is None else str(self.pretrained),
         }
 
 
@@ -110,6 +113,8 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
+    if job.pretrained is not None:
+        net = load_weights(net, job.pretrained)
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
@@ -121,7 +126,8 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         listeners.on_stage("plain", job.pretrain)
         plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
-    original = _describe(net, data, folder / ORIGINAL) if job.pretrain else None
+    plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
+    original = _describe(net, data, folder / ORIGINAL) if plain_start else None
     convert(net, job.method)
     compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
@@ -132,7 +138,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
 
 def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
     """Puts `net` on the fast path if the job says so; seconds of compilation."""
-    if not job.fast:
+    if not job.fast or all(site.counts == "units" for site in sites(net)):
         return 0.0
     steps = job.schedule.epochs * -(-len(fit.y) // job.schedule.batch_size)
     fast(net, compiled=steps >= WORTH_COMPILING)
@@ -164,7 +170,7 @@ def _finish(
         "seed": job.schedule.seed,
         "versions": _versions(),
         "machine": _machine(),
-        "layers": {site.name: site.weight.numel() for site in sites(net)},
+        "layers": {name: count.total for name, count in counted.layers.items()},
         **facts,
         "trained": trained,
         "pruned": pruned,
@@ -242,6 +248,7 @@ def _figures(model: nn.Module, split: Split) -> dict[str, Any]:
 def _counts(counted: Pruned) -> dict[str, Any]:
     return {
         "compression": counted.compression,
+        "units": counted.units,
         "nonzero": counted.alive,
         "total": counted.total,
         "alive": {name: count.alive for name, count in counted.layers.items()},
@@ -275,7 +282,7 @@ def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
             counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
             histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
     replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
-    first = found[0].noise.masked(found[0].weight).detach().cpu().contiguous()
+    first = folded(found[0].layer)[found[0].parameter].detach().cpu().contiguous()
     shape = {"input_shape": json.dumps(list(data.input_shape))}
     replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
 

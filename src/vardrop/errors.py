@@ -45,9 +45,13 @@ class MissingExtraError(VardropError, ImportError):
         super().__init__(f'{feature} needs an optional package; install it with: pip install "vardrop[{extra}]"')
 
 
-class EmptyLayerWarning(UserWarning):
+class VardropWarning(UserWarning):
+    """Base of all warnings of this library."""
+
+
+class EmptyLayerWarning(VardropWarning):
     """Pruning would have emptied a layer, so its best site was kept."""
 
 
-class FastPathWarning(UserWarning):
+class FastPathWarning(VardropWarning):
     """A part of the fast path is not to be had on this machine, so the plain one does its work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: the file could not be written; what was at `path` before is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
@@ -25,4 +26,5 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:
         raise StorageError(f"{path} could not be written ({error}); what was there before is unharmed") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -267,7 +267,7 @@ def compile_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """
     code, closure = kernel.__code__.replace(), kernel.__closure__
     own = types.FunctionType(code, kernel.__globals__, kernel.__name__, kernel.__defaults__, closure)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=OPTIONS)
+    return torch.compile(own, fullgraph=True, options=OPTIONS)
 
 
 def _flat(part: Tensor | None, like: Tensor) -> Any:

@@ -6,12 +6,11 @@ compaction may have cut, so that a compacted model is rebuilt from the code of t
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,9 +25,9 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
-from vardrop.noise import noises_of
-from vardrop.sites import sites
-from vardrop.surgery.convert import convert
+from vardrop.noise import InputGate
+from vardrop.sites import SLOTS, noises
+from vardrop.surgery.convert import attach
 from vardrop.surgery.reading import LAYERS, NORMS, RECURRENT
 
 FORMAT = 1
@@ -89,7 +88,12 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
         "aliases": aliases,
         "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if isinstance(layer, RESIZABLE)},
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "methods": {name: {"name": used.command_name(), "fields": asdict(used)} for name, used in noisy.items()},
+        "methods": {name: _entry(used) for name, used in noisy.items()},
+        "gates": {
+            name: {"place": gate.place, "shape": list(gate.scale.shape)}
+            for name, layer in model.named_modules()
+            if isinstance(gate := layer._modules.get("gate"), InputGate)
+        },
     }
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -120,13 +124,47 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
     state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
-    noisy = {name: _method(folder, entry) for name, entry in record["methods"].items()}
+    noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
+    _hang_gates(folder, model, record.get("gates", {}))
     _check_fits(folder, model, record, _without_noise(state, noisy))
     _resize(model, record["layers"], state)
-    if noisy:
-        convert(model, {glob.escape(name): method for name, method in noisy.items()})
+    attach(model, noisy)
     _check_same(folder, model, state)
     _fit(model, state)
+    model.load_state_dict(state)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """`model` with the values stored at `path`, in place; from a folder also with its noise.
+
+    Args:
+        model: the plain model; nothing is changed unless all fits.
+        path: a safetensors file with the state of such a model, or a folder written by :func:`save`.
+
+    Raises:
+        StorageError: `path` is missing or damaged, or holds another net; then names and shapes stand side by side.
+
+    >>> import tempfile, pathlib
+    >>> from vardrop.io import load_weights
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "net"
+    >>> vd.save(torch.nn.Linear(4, 2), folder)
+    >>> load_weights(torch.nn.Linear(3, 2), folder)
+    Traceback (most recent call last):
+    vardrop.errors.StorageError: ...
+      weight: stored (2, 4), built (2, 3)
+    """
+    path = Path(path)
+    if path.is_dir():
+        record, tensors = _read(path)
+        state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
+        noisy = {name: _methods_of(path, entry) for name, entry in record["methods"].items()}
+    else:
+        state, noisy = _read_file(path), {}
+    stored = {name: tuple(tensor.shape) for name, tensor in _without_noise(state, noisy).items()}
+    _refuse_other(path, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    attach(model, noisy)
+    _check_same(path, model, state)
     model.load_state_dict(state)
     return model
 
@@ -154,9 +192,18 @@ def size_on_disk(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _methods(model: nn.Module) -> dict[str, Method]:
-    """The method of every noisy layer, also where two layers share one noise."""
-    return {name: noise.method for name, layer in model.named_modules() for noise in noises_of(layer).values()}
+def _methods(model: nn.Module) -> dict[str, tuple[Method, ...]]:
+    """The methods of every noisy layer, each once, also where two layers share one noise."""
+    found = {
+        name: tuple(dict.fromkeys(held.noise.method for held in noises(layer))) for name, layer in model.named_modules()
+    }
+    return {name: used for name, used in found.items() if used}
+
+
+def _entry(used: tuple[Method, ...]) -> Any:
+    """The record of a layer's method, or a list of them."""
+    entries = [{"name": method.command_name(), "fields": asdict(method)} for method in used]
+    return entries[0] if len(entries) == 1 else entries
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -286,6 +333,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, {name: _dense(folder, name, shape, stored) for name, shape in record["dense_shapes"].items()}
 
 
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StorageError(f"{path} does not exist: must be a safetensors file, or a folder written by vardrop.save")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
 def _dense(folder: Path, name: str, shape: list[int], stored: dict[str, Tensor]) -> Tensor:
     """The tensor `name` from among the `stored` ones, made dense if it is in parts."""
     parts = [stored[key] for part in ("starts", "columns", "values") if (key := f"{name}{CSR}{part}") in stored]
@@ -298,6 +354,10 @@ def _dense(folder: Path, name: str, shape: list[int], stored: dict[str, Tensor])
     if list(tensor.shape) != shape:
         raise StorageError(f"{folder} is damaged: {name!r} has shape {list(tensor.shape)}, its record says {shape}")
     return tensor
+
+
+def _methods_of(folder: Path, entry: Any) -> tuple[Method, ...]:
+    return tuple(_method(folder, one) for one in (entry if isinstance(entry, list) else [entry]))
 
 
 def _method(folder: Path, entry: dict[str, Any]) -> Method:
@@ -317,8 +377,8 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
         raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
 
 
-def _without_noise(state: dict[str, Tensor], noisy: dict[str, Method]) -> dict[str, Tensor]:
-    prefixes = tuple(f"{name}.noise." if name else "noise." for name in noisy)
+def _without_noise(state: dict[str, Tensor], noisy: Iterable[str]) -> dict[str, Tensor]:
+    prefixes = tuple(f"{name}.{slot}.".lstrip(".") for name in noisy for slot in SLOTS)
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
@@ -346,6 +406,15 @@ def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: 
         elif attribute != "bias" or not isinstance(modules.get(parent), LAYERS):
             faults.append(f"{name}: stored {tuple(stored[name].shape)}, built not at all")
     _refuse(folder, [*faults, *_ties_apart(model, record["aliases"])])
+
+
+def _hang_gates(folder: Path, model: nn.Module, gates: dict[str, Any]) -> None:
+    """Gives the freshly built `model` the gates that a compacted one kept, still without values."""
+    modules = dict(model.named_modules())
+    for name, entry in gates.items():
+        if not isinstance(modules.get(name), LAYERS):
+            raise StorageError(f"{folder} holds a gate for {name!r}, which is no layer of the built model")
+        InputGate(tuple(entry["shape"]), entry["place"]).hang_on(modules[name])
 
 
 def _ties_apart(model: nn.Module, stored: dict[str, str]) -> list[str]:
@@ -404,11 +473,15 @@ def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Names and shapes of the built, cut and converted `model` against the stored ones, before values are set."""
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights: dict[nn.Module, Tensor] = {site.noise: site.weight for site in sites(model)}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in weights and f"{name}.mask" in state:
-            built[f"{name}.mask"] = tuple(weights[module].shape)
-    stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        for slot, parameter, noise in noises(layer):
+            mask = f"{name}.{slot}.mask".lstrip(".")
+            if mask in state:
+                built[mask] = tuple(noise.mask_shape(layer.get_parameter(parameter)))
+    _refuse_other(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, built)
+
+
+def _refuse_other(folder: Path, stored: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> None:
     faults = [
         f"{name}: stored {stored.get(name, 'not at all')}, built {built.get(name, 'not at all')}"
         for name in sorted(built.keys() | stored.keys())

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
-from vardrop.sites import Site, sites
+from vardrop.sites import Site, folded, sites
 
 Inputs = Tensor | tuple[Tensor, ...]
 Candidate = nn.Module | Callable[[], object]
@@ -40,12 +41,12 @@ def count_nonzero(model: nn.Module) -> int:
     >>> count_nonzero(layer)
     8
     """
-    noise = {site.weight: site.noise for site in sites(model)}
     with torch.no_grad():
-        return sum(
-            int((noise[parameter].masked(parameter) if parameter in noise else parameter).count_nonzero())
-            for parameter in _without_noise(model, model.parameters())
-        )
+        plain = {parameter: parameter for parameter in _without_noise(model, model.parameters())}
+        for site in sites(model):
+            for name, value in folded(site.layer).items():
+                plain[site.layer.get_parameter(name)] = value
+        return sum(int(tensor.count_nonzero()) for tensor in plain.values())
 
 
 def flops(model: nn.Module, example_inputs: Inputs) -> int:
@@ -122,7 +123,11 @@ def latencies(
 
 @dataclass(frozen=True)
 class Row:
-    """One weight. `kl` is in nats; it and `log_alpha`, the mean of log alpha, are ``None`` without noise."""
+    """One weight, or the units of one gate.
+
+    `kl` is in nats, ``None`` in a plain layer, and zero for weights without noise in a layer with a gate; `log_alpha`,
+    the mean of log alpha, is ``None`` where there is none.
+    """
 
     name: str
     kind: str
@@ -131,11 +136,12 @@ class Row:
     total: int
     kl: float | None
     log_alpha: float | None
+    counts: Literal["weights", "units"] = "weights"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model weight by weight; printing it gives a table.
+    """A model weight by weight, and gate by gate; printing it gives a table.
 
     `flops` are those of one pass over the example inputs, dense, as :func:`flops` counts them; ``None`` if there were
     no example inputs. `tensor_bytes` is the size of all parameters and buffers but the noise, tied ones once.
@@ -152,9 +158,15 @@ class Summary:
 
         Of a plain model over all weights listed. Infinite if all are dead, one if there are none.
         """
-        rows = [row for row in self.rows if row.kl is not None] or self.rows
+        weights = [row for row in self.rows if row.counts == "weights"]
+        rows = [row for row in weights if row.kl is not None] or weights
         alive, total = sum(row.alive for row in rows), sum(row.total for row in rows)
         return total / alive if alive else math.inf if total else 1.0
+
+    @property
+    def units(self) -> str:
+        """The living units of all gates in order, such as ``"294-110-71"``; empty without gates."""
+        return "-".join(str(row.alive) for row in self.rows if row.counts == "units")
 
     def __str__(self) -> str:
         head = ("layer", "kind", "shape", "alive", "of", "KL, nats", "mean log alpha")
@@ -183,12 +195,13 @@ class Summary:
             f"{self.parameters:,} parameters",
             f"{self.tensor_bytes:,} bytes",
         ]
+        facts += [f"units {self.units}"] if self.units else []
         facts += [] if self.flops is None else [f"{self.flops:,} FLOPs"]
         return "\n".join([*lines, ", ".join(facts)])
 
 
 def summary(model: nn.Module, *, example_inputs: Inputs | None = None) -> Summary:
-    """What each weight of `model`, converted or plain, has left: live numbers, KL, log alpha; and what all weighs.
+    """What each weight and gate of `model`, converted or plain, has left alive, its KL and log alpha; what all weighs.
 
     A weight is a parameter of two or more dimensions; a tied one is listed once. A number in a converted layer is
     alive until :func:`vardrop.prune` marks it dead, in a plain layer as long as it is not zero.
@@ -197,10 +210,14 @@ def summary(model: nn.Module, *, example_inputs: Inputs | None = None) -> Summar
     >>> print(vd.summary(net, example_inputs=torch.ones(1, 4)).rows[0].total)
     8
     """
-    noisy = {site.weight: site for site in sites(model)}
-    weights = dict(_weights(model))
+    found: dict[Tensor, dict[str, Site]] = {}
+    for site in sites(model):
+        found.setdefault(site.weight, {})[site.counts] = site
+    rows: list[Row] = []
+    for weight, (name, owner) in dict(_weights(model)).items():
+        rows += _rows(name, owner, weight, found.get(weight, {}))
     return Summary(
-        rows=[_row(name, owner, weight, noisy.get(weight)) for weight, (name, owner) in weights.items()],
+        rows=rows,
         parameters=count_parameters(model),
         tensor_bytes=sum(
             tensor.numel() * tensor.element_size()
@@ -219,16 +236,32 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, tuple[str, nn.Module]]]
             yield parameter, (parent if attribute == "weight" else name, model.get_submodule(parent))
 
 
-def _row(name: str, owner: nn.Module, weight: Tensor, site: Site | None) -> Row:
-    kind, shape, total = type(owner).__name__, tuple(weight.shape), weight.numel()
-    if site is None:
-        return Row(name, kind, shape, int(weight.count_nonzero()), total, None, None)
-    alive = total if site.noise.mask is None else int(site.noise.mask.sum())
-    with torch.no_grad():
-        log_alpha = site.noise.log_alpha(weight)
-        kl = float(site.method.kl(site.noise, weight))
+@torch.no_grad()
+def _rows(name: str, owner: nn.Module, weight: Tensor, found: Mapping[str, Site]) -> Iterator[Row]:
+    """The row of a weight, and that of the gate at its layer."""
+    kind, shape = type(owner).__name__, tuple(weight.shape)
+    if not found:
+        yield Row(name, kind, shape, int(weight.count_nonzero()), weight.numel(), None, None)
+        return
+    living = torch.ones_like(weight, dtype=torch.bool)
+    for site in found.values():
+        if site.noise.mask is not None:
+            living &= site.noise.on_weights(site.noise.mask, weight)
+    kl, log_alpha = _figures(found["weights"]) if "weights" in found else (0.0, None)
+    yield Row(name, kind.removeprefix("Noisy"), shape, int(living.sum()), weight.numel(), kl, log_alpha)
+    if "units" in found:
+        gate = found["units"]
+        total = gate.noise.mask_shape(weight).numel()
+        alive = total if gate.noise.mask is None else int(gate.noise.mask.sum())
+        kl, log_alpha = _figures(gate)
+        yield Row(gate.name, type(gate.method).__name__, (total,), alive, total, kl, log_alpha, "units")
+
+
+def _figures(site: Site) -> tuple[float, float | None]:
+    """KL, nats, and the mean of log alpha where there is one."""
+    log_alpha = site.noise.log_alpha(site.weight)
     mean = None if log_alpha is None else float(log_alpha.double().mean())
-    return Row(name, kind.removeprefix("Noisy"), shape, alive, total, kl, mean)
+    return float(site.method.kl(site.noise, site.weight)), mean
 
 
 def _without_noise(model: nn.Module, tensors: Iterable[Tensor]) -> list[Tensor]:

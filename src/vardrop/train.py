@@ -19,7 +19,7 @@ from vardrop import warmup
 from vardrop.elbo import ELBO
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.files import replace_file
-from vardrop.sites import sites
+from vardrop.sites import parameter_groups, sites
 from vardrop.surgery.prune import would_live
 
 CHECKPOINT = "checkpoint.pt"
@@ -35,6 +35,7 @@ class Schedule:
         epochs: passes over the training data.
         batch_size: examples a step.
         lr: Adam's learning rate, constant up to epoch `decay_from` and then on a straight line to 0 at `epochs`.
+        gate_lr: that of gates, which falls with the other; ``None`` for the same.
         decay_from: that epoch.
         warmup_start: the last epoch with a KL weight of 0.
         warmup_epochs: the epoch at which the KL weight reaches 1; 0 for the full KL from the start.
@@ -50,13 +51,16 @@ class Schedule:
     warmup_epochs: int = 20
     kl_factor: float = 1.0
     seed: int = 0
+    gate_lr: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0.0 < self.lr < math.inf:
-            raise InvalidValueError(f"lr={self.lr}: must be a finite number above 0")
+        for name in ("lr", "gate_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 < rate < math.inf:
+                raise InvalidValueError(f"{name}={rate}: must be a finite number above 0")
         if not 0 <= self.decay_from <= self.epochs:
             raise InvalidValueError(f"decay_from={self.decay_from}: must lie in 0 to {self.epochs}, the epochs")
 
@@ -65,6 +69,11 @@ class Schedule:
         if epoch < self.decay_from:
             return self.lr
         return self.lr * (self.epochs - epoch) / (self.epochs - self.decay_from)
+
+    def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
+        """Adam on the parameters of `net`, on its gates with their own learning rate."""
+        gate_lr = self.lr if self.gate_lr is None else self.gate_lr
+        return torch.optim.Adam(parameter_groups(net, lr=self.lr, gate_lr=gate_lr), fused=True)
 
     def elbo(self, num_data: int) -> ELBO:
         """The objective of this schedule for `num_data` training examples."""
@@ -82,7 +91,10 @@ class Loader(Protocol):
 
 @dataclass
 class Epoch:
-    """One line of the history. Errors are fractions, `nll` is nats per example, `kl` nats in all."""
+    """One line of the history. Errors are fractions, `nll` is nats per example, `kl` nats in all.
+
+    `alive` counts weights, or units of a gate, by site; `units` are those of all gates, such as ``"294-110-71"``.
+    """
 
     epoch: int
     lr: float
@@ -96,6 +108,7 @@ class Epoch:
     compression: float
     seconds: float
     alive: dict[str, int] = field(default_factory=dict)
+    units: str = ""
 
 
 def train(
@@ -135,7 +148,8 @@ def train(
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
     """
     accelerator = _accelerator(folder)
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
+    optimizer = schedule.optimizer(net)
+    shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
     elbo = schedule.elbo(num_data)
     history = _resume(folder, identity, net, optimizer, elbo)
     if history:
@@ -149,8 +163,8 @@ def train(
         batches.set_epoch(epoch)
         if accelerator.process_index:  # the first process draws on from its stored state, the others draw apart from it
             torch.manual_seed(schedule.seed + 1_000_003 * epoch + accelerator.process_index)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(epoch)
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = share * schedule.lr_at(epoch)
         error, nll = _one_epoch(model, batches, optimizer, elbo, accelerator, device, on_step)
         valid_error, test_error = evaluate(net)
         counted = would_live(net)
@@ -168,6 +182,7 @@ def train(
                 compression=counted.compression,
                 seconds=perf_counter() - started,
                 alive={name: count.alive for name, count in counted.layers.items()},
+                units=counted.units,
             )
         )
         due = perf_counter() - stored >= checkpoint_seconds or epoch + 1 == schedule.epochs
@@ -249,8 +264,8 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
 
 
 def _without_noise(name: str) -> str:
-    """The weight or layer that the noise module called `name` hangs on; any other name as it is."""
-    return name.removesuffix(".noise").replace(".noise.", ".")
+    """The weight or layer that the noise or gate called `name` hangs on; any other name as it is."""
+    return name.removesuffix(".noise").removesuffix(".gate").replace(".noise.", ".")
 
 
 def _accelerator(folder: Path) -> Any:

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
+from vardrop.layers import takes_gates
+
+
+def convert(net: nn.Module, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
+    """Like vd.convert, with the stage before where `method` is a second one."""
+    follows = getattr(method, "follows", None)
+    return vd.convert(net if follows is None else vd.convert(net, follows(place=method.place)), method)
 
 
 class First(nn.Module):
@@ -14,6 +21,10 @@ class First(nn.Module):
 
     def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
         return outputs[0]
+
+
+class Net(nn.Sequential):
+    """Of a plain Sequential the last layer's outputs are known to be the net's; of this one they are not."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,10 @@ class LayerCase:
 
     def net(self) -> nn.Sequential:
         layer = self.build()
-        return nn.Sequential(layer, First()) if isinstance(layer, nn.RNNBase) else nn.Sequential(layer)
+        return Net(layer, First()) if isinstance(layer, nn.RNNBase) else Net(layer)
+
+    def converted(self, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
+        return convert(self.net(), method)
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator().manual_seed(7)
@@ -37,6 +51,11 @@ class LayerCase:
     @property
     def linear_in_the_weight(self) -> bool:
         return not isinstance(self.build(), nn.RNNBase)
+
+    def takes(self, method: vd.Method | tuple[vd.Method, ...]) -> bool:
+        """Whether `method` can be had on this layer: the units of some have no gate."""
+        on_units = any(one.on_units for one in (method if isinstance(method, tuple) else (method,)))
+        return not on_units or takes_gates(type(self.build()))
 
 
 LAYERS = {
@@ -64,11 +83,20 @@ LAYERS = {
 METHODS = {name: cls() for name, cls in vd.methods().items()}
 VARIANTS = {
     **METHODS,
+    "concrete-dropout": vd.ConcreteDropout(init_rate=0.5),  # where the mean of the relaxed draws is exact
     "variational-dropout-input": vd.VariationalDropout(alpha="input"),
     "variational-dropout-output": vd.VariationalDropout(alpha="output"),
     "variational-dropout-weight": vd.VariationalDropout(alpha="weight", form="cubic"),
     "vbd-layer": vd.VBD(alpha="layer"),
     "vbd-input": vd.VBD(alpha="input"),
     "vbd-bounded": vd.VBD(low=0.0, high=1.0),
+    # its quiet pass is the mean of the draws only where the clip of its input-dependent part does not act
+    "dependent-beta-bernoulli": vd.DependentBetaBernoulli(init_shift=0.5, init_std=1e-3, threshold=0.0),
+    "dependent-beta-bernoulli-input": vd.DependentBetaBernoulli(place="input", init_shift=2.0, init_std=1e-3),
+    "gaussian-dropout-on-inputs": vd.GaussianDropout(on="inputs"),
+    "variational-dropout-on-inputs": vd.VariationalDropout(on="inputs", alpha="input"),
+    "structured-bp-input": vd.StructuredBP(place="input", draws="example", init_log_sigma=-1.0),
+    "beta-bernoulli-output": vd.BetaBernoulli(place="output", init_a=2.0, init_b=3.0),
+    "gate-and-noise": (vd.BetaBernoulli(place="input", init_a=2.0), vd.SparseVD()),
     "sparse-vd-weight-sampling": vd.SparseVD(sampling="weight", form="sigmoid", train_clip=True),
 }

@@ -4,34 +4,56 @@ import copy
 
 import pytest
 import torch
-from cases import LAYERS, VARIANTS
+from cases import LAYERS, VARIANTS, convert
 
 import vardrop as vd
+from vardrop.noise import DependentGate, Gate
 
-pytestmark = [
-    pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys()),
-    pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys()),
-]
+PAIRS = {
+    f"{layer}-{name}": (case, method)
+    for layer, case in LAYERS.items()
+    for name, method in VARIANTS.items()
+    if case.takes(method)
+}
+pytestmark = pytest.mark.parametrize(("case", "method"), PAIRS.values(), ids=PAIRS.keys())
 
 
-def converted(case, method):
-    return vd.convert(case.net(), method)
+def gated(plain, net, x):
+    """The plain net's output with the means of the gates of `net` multiplied in by hand."""
+    for gate in (site.noise for site in vd.sites(net) if isinstance(site.noise, Gate)):
+        if gate.place == "input":
+            return plain(x * factor(gate, x, plain[0]).detach())
+        return plain(x) * factor(gate, plain(x), plain[0]).detach()
+    return plain(x)
 
 
-def test_eval_is_the_plain_layer_and_the_parameters_stay_the_same_objects(case, method):
-    plain = case.net()
+def factor(gate, value, plain):
+    """The quiet multiplier, which for a fresh dependent gate has the statistics 0 and 1."""
+    shape = (-1, *[1] * (plain.weight.dim() - 2))
+    if not isinstance(gate, DependentGate):
+        return gate.mean().view(shape)
+    axis = value.dim() - len(shape)
+    positions = [dim for dim in range(1, value.dim()) if dim != axis]
+    level = (value.mean(positions, keepdim=True) if positions else value) / 1.001**0.5 + gate.shift.view(shape)
+    multiplier = gate.mean().view(shape) * level.clamp(1e-6, 1 - 1e-6)
+    return torch.where(multiplier > gate.threshold, multiplier, 0.0)
+
+
+def test_eval_is_the_plain_layer_times_its_gate_and_the_parameters_stay_the_same_objects(case, method):
+    net = case.net()
+    plain = copy.deepcopy(net)
     x = case.input()
-    expected = plain(x)
-    before = dict(plain.named_parameters())
-    net = vd.convert(plain, method).eval()
-    torch.testing.assert_close(net(x), expected)
+    before = dict(net.named_parameters())
+    convert(net, method).eval()
+    torch.testing.assert_close(net(x), gated(plain, net, x))
     assert all(dict(net.named_parameters())[name] is parameter for name, parameter in before.items())
 
 
-def test_training_is_noisy_and_its_mean_is_the_plain_output(case, method):
-    net = converted(case, method)
+def test_a_noisy_pass_draws_and_its_mean_is_the_quiet_output(case, method):
+    net = case.converted(method)
     x = case.input()
-    draws = torch.stack([net.train()(x) for _ in range(100)]).detach()
+    with vd.noise(net, on=True):
+        draws = torch.stack([net.eval()(x) for _ in range(100)]).detach()
     assert draws.std(dim=0).max() > 0
     if not case.linear_in_the_weight:
         return
@@ -40,7 +62,7 @@ def test_training_is_noisy_and_its_mean_is_the_plain_output(case, method):
 
 
 def test_every_parameter_gets_a_finite_gradient(case, method):
-    net = converted(case, method)
+    net = case.converted(method).train()
     loss = net(case.input()).square().mean() + vd.kl(net) / 100
     loss.backward()
     for name, parameter in net.named_parameters():
@@ -49,7 +71,7 @@ def test_every_parameter_gets_a_finite_gradient(case, method):
 
 
 def test_kl_is_a_finite_sum_in_float32_under_autocast(case, method):
-    net = converted(case, method)
+    net = case.converted(method)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total = vd.kl(net)
         output = net(case.input())
@@ -59,12 +81,11 @@ def test_kl_is_a_finite_sum_in_float32_under_autocast(case, method):
 
 
 def test_state_dict_and_deepcopy_round_trip_also_when_pruned(case, method):
-    net = converted(case, method)
-    with torch.no_grad():
-        for site in vd.sites(net):
-            site.weight.view(-1)[::2] *= 1e-4
-    vd.prune(net)
-    other = converted(case, method)
+    net = case.converted(method)
+    for site in vd.sites(net):
+        site.noise.mask = torch.ones(site.noise.mask_shape(site.weight), dtype=torch.bool)
+        site.noise.mask.view(-1)[::2] = False
+    other = case.converted(method)
     other.load_state_dict(net.state_dict())
     twin = copy.deepcopy(net)
     x = case.input()
@@ -78,31 +99,41 @@ def test_state_dict_and_deepcopy_round_trip_also_when_pruned(case, method):
 
 def test_dense_checkpoint_loads_with_only_noise_missing(case, method):
     dense = case.net().state_dict()
-    result = converted(case, method).load_state_dict(dense, strict=False)
+    result = case.converted(method).load_state_dict(dense, strict=False)
     assert not result.unexpected_keys
-    assert all(".noise." in key for key in result.missing_keys)
+    assert all(".noise." in key or ".gate." in key for key in result.missing_keys)
 
 
 def test_prune_marks_by_score_and_strip_gives_the_plain_class_with_the_same_output(case, method):
-    net = converted(case, method)
-    scores = {site: site.method.score(site.noise, site.weight) for site in vd.sites(net)}
+    net = case.converted(method)
+    with torch.no_grad():
+        for site in vd.sites(net):
+            for parameter in site.noise.parameters():
+                parameter.add_(3.0 * torch.randn_like(parameter))
+    found = [(site, site.method.score(site.noise, site.weight)) for site in vd.sites(net)]
     counted = vd.prune(net)
-    for site, score in scores.items():
-        row = counted.layers[site.name]
-        alive = site.weight.numel() if score is None else max(1, int((score >= site.method.cutoff()).sum()))
-        assert (row.alive, row.total) == (alive, site.weight.numel())
+    for site, scores in found:
+        count = counted.layers[site.name]
+        if scores is None:
+            assert count.alive == count.total
+        else:
+            assert count.alive == max(1, int((scores >= site.method.cutoff()).sum()))
+            assert site.noise.mask.shape == scores.shape == site.noise.mask_shape(site.weight)
     x = case.input()
     expected = net.eval()(x)
     stripped = vd.strip(copy.deepcopy(net))
     assert type(stripped[0]) is type(case.build())
-    assert set(stripped.state_dict()) == set(case.net().state_dict())
+    kept = {name for name in stripped.state_dict() if ".gate." not in name}
+    assert kept == set(case.net().state_dict())
     torch.testing.assert_close(stripped(x), expected)
+    for parameter in stripped.parameters():
+        assert not torch.signbit(parameter[parameter == 0]).any()
 
 
 def test_training_moves_the_noise_and_the_same_seed_gives_the_same_run(case, method):
     def run():
         torch.manual_seed(3)
-        net = converted(case, method)
+        net = case.converted(method)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
         elbo = vd.ELBO(num_data=10)
         for _ in range(3):
@@ -114,15 +145,15 @@ def test_training_moves_the_noise_and_the_same_seed_gives_the_same_run(case, met
         return net.state_dict()
 
     first, second = run(), run()
-    start = converted(case, method).state_dict()
+    start = case.converted(method).state_dict()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    learned = {name for name, _ in converted(case, method).named_parameters()}
+    learned = {name for name, _ in case.converted(method).named_parameters()}
     assert any(not torch.equal(first[name], start[name]) for name in learned)
 
 
 def test_float64_stays_float64(case, method):
-    net = converted(case, method).double()
+    net = case.converted(method).double()
     output = net(case.input(torch.float64))
     assert output.dtype == torch.float64
     assert vd.kl(net).dtype == torch.float64 or vd.kl(net).item() == 0.0

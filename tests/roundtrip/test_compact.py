@@ -9,6 +9,7 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.errors import GraphError, InvalidValueError
+from vardrop.noise import InputGate
 from vardrop.surgery.plan import Plan
 
 
@@ -30,10 +31,11 @@ def net():
 
 @torch.no_grad()
 def pruned(model, method):
-    model = vd.convert(model, method).eval()
+    model = vd.convert(model if method.follows is None else vd.convert(model, method.follows()), method).eval()
     for site in vd.sites(model):
-        site.noise.mask = torch.rand_like(site.weight) < 0.8
-        site.noise.mask[: len(site.weight) // 3] = False
+        mask = torch.rand(site.noise.mask_shape(site.weight)) < 0.8
+        mask[: len(mask) // 3] = False
+        site.noise.mask = mask
     return model
 
 
@@ -44,9 +46,20 @@ def test_the_masked_model_and_the_compact_one_agree(method):
     x = torch.randn(2, 1, 6, 6, dtype=torch.float64)
     small = vd.compact(model, x)
     assert_same(model, small, torch.randn(9, 1, 6, 6, dtype=torch.float64), 1e-10)
-    assert [small[place].out_channels for place in (0, 3)] == [4, 5]
-    assert [small[place].out_features for place in (6, 8)] == [6, 3]
-    assert all(type(module).__module__.startswith("torch.nn") for module in small.modules())
+    gates = {site.name: site.noise.mask for site in vd.sites(model) if site.counts == "units"}
+    if any(site.method == vd.ConcreteDropout() for site in vd.sites(model)):  # on the inputs of convolutions too
+        expected = [gates["3.gate"].sum(), gates["6.gate"].view(5, 25).any(1).sum(), gates["8.gate"].sum(), 3]
+    elif gates:
+        norm = model[1]
+        left = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+        first = gates["0.gate"] | (left > 0)  # what batch norm leaves of a dead channel, no transposed layer can take
+        expected = [int(first.sum()), int(gates["3.gate"].sum()), int(gates["8.gate"].sum()), 3]
+    else:
+        expected = [4, 5, 6, 3]
+    assert [small[place].weight.shape[place == 3] for place in (0, 3, 6, 8)] == expected
+    assert all(
+        type(module).__module__.startswith("torch.nn") or isinstance(module, InputGate) for module in small.modules()
+    )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

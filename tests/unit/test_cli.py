@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import vardrop as vd
 from vardrop import cli
 from vardrop.cli import make_method
 from vardrop.compress import Job, compress
-from vardrop.errors import EmptyLayerWarning, InvalidValueError, StorageError
+from vardrop.errors import InvalidValueError, StorageError
 from vardrop.evaluate import load_small, read_run
 from vardrop.report import report
 from vardrop.train import Schedule
-from vardrop.zoo import load_data
+from vardrop.zoo import build_net, load_data
 
 FAST = ["--epochs", "3", "--batch-size", "100", "--pretrain", "4", "--warmup-epochs", "2", "--set", "train_clip=true"]
 
@@ -112,7 +113,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
     ("arguments", "message"),
     [
         (["lenet-9"], "net 'lenet-9' is unknown"),
-        (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, bernoulli-dropout"),
+        (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, beta-bernoulli"),
         (["lenet-300-100", "--set", "threshold=high"], "--set threshold=high: must be a number"),
         (["lenet-300-100", "--set", "size=3"], "must be field=value with a field of sparse-vd"),
         (["lenet-300-100", "--method", "gamma-ard", "--set", "a=0.5"], "GammaARD(a=0.5): must satisfy 0.5 < a"),
@@ -172,9 +173,11 @@ def test_a_rule_that_kills_a_whole_layer_keeps_its_best_weight_or_refuses_as_ask
     assert refused.returncode == 1
     assert "layer '1': all 19200 weights are dead" in " ".join(refused.stderr.split())
     assert not (tmp_path / "run" / "run.json").exists()
-    with pytest.warns(EmptyLayerWarning, match="layer '5': all 1000 weights are dead .* the best one is kept"):
-        kept = vardrop(*command)
+    kept = vardrop(*command)
     assert kept.returncode == 0, kept.stderr
+    shown = " ".join(kept.stderr.split())
+    assert "warning: layer '5': all 1000 weights are dead" in shown and "the best one is kept" in shown
+    assert ".py" not in shown
     run = read_run(tmp_path / "run")
     assert run["pruned"]["alive"] == {"1": 1, "3": 1, "5": 1}
     assert run["pruned"]["error"] == run["compacted"]["error"]
@@ -204,3 +207,41 @@ def test_a_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(StorageError, match="not readable JSON"):
         compress(Job("lenet-300-100", "digits", vd.ARD(), Schedule(epochs=1, decay_from=0)), tmp_path)
+
+
+def test_gates_by_name_with_their_own_learning_rate_from_a_stored_net_and_on_to_the_second_stage(tmp_path):
+    plain = tmp_path / "plain.safetensors"
+    save_file(build_net("mlp-20", input_shape=(1, 8, 8), num_classes=10).state_dict(), plain)
+    options = ["--epochs", "2", "--gate-lr", "0.05", "--warmup-epochs", "0", "--decay-from", "2"]
+    done = vardrop(
+        "compress", "mlp-20", "--method", "beta-bernoulli", "--pretrained", plain, "--out", tmp_path / "a", *options
+    )
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "a")
+    assert run["original"] is not None and run["config"]["pretrained"] == str(plain)
+    assert run["config"]["schedule"]["gate_lr"] == 0.05
+    assert run["layers"] == {"1.gate": 64, "3.gate": 20, "5.gate": 20, "7.gate": 20}
+    units = run["pruned"]["units"]
+    assert len(units.split("-")) == 4 and run["history"][-1]["units"] == units and f"units {units}" in done.stdout
+    assert run["compacted"]["largest_difference"] < 1e-5
+    done = vardrop(
+        *("compress", "mlp-20", "--method", "dependent-beta-bernoulli", "--pretrained", tmp_path / "a" / "noisy"),
+        *("--out", tmp_path / "b", *options),
+    )
+    assert done.returncode == 0, done.stderr
+    second = read_run(tmp_path / "b")
+    assert second["original"] is None and second["compacted"]["largest_difference"] < 1e-4
+    assert vardrop("evaluate", tmp_path / "b", "--samples", 2).returncode == 0
+    assert vardrop("export", tmp_path / "b", "--out", tmp_path / "b.onnx").returncode == 0
+    assert vardrop("report", tmp_path / "b").returncode == 0
+
+
+def test_stored_weights_of_another_net_are_refused_side_by_side(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file(build_net("mlp-30", input_shape=(1, 8, 8), num_classes=10).state_dict(), path)
+    done = vardrop("compress", "mlp-20", "--pretrained", path, "--out", tmp_path / "a")
+    assert done.returncode == 1 and "1.weight: stored (30, 64), built (20, 64)" in done.stderr
+    done = vardrop("compress", "mlp-20", "--method", "dependent-beta-bernoulli", "--out", tmp_path / "b")
+    assert done.returncode == 1 and "is the second stage of BetaBernoulli" in done.stderr
+    done = vardrop("compress", "mlp-20", "--gate-lr", "-1", "--out", tmp_path / "c")
+    assert done.returncode == 1 and "gate_lr=-1.0: must be a finite number above 0" in done.stderr

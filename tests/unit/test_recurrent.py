@@ -198,7 +198,7 @@ def test_a_dead_weight_is_dead_in_noisy_passes_too():
     vd.prune(net)
     for site in vd.sites(net):
         if site.name.startswith("lstm"):
-            assert (site.noise.sample(site.weight)[~site.noise.mask] == 0).all()
+            assert (site.noise.sample_weight(site.weight)[~site.noise.mask] == 0).all()
 
 
 def test_summary_lists_every_weight_and_a_stored_net_comes_back(tmp_path):
@@ -224,7 +224,7 @@ def test_predict_averages_over_draws_and_a_generator_repeats_them():
 def test_binary_dropout_drops_an_input_or_hidden_unit_for_all_gates():
     net = vd.convert(nn.LSTM(200, 200), vd.BernoulliDropout(rate=0.25))
     for site in vd.sites(net):
-        drawn = site.noise.sample(site.weight)
+        drawn = site.noise.sample_weight(site.weight)
         kept = (drawn != 0).any(dim=0)
         torch.testing.assert_close(drawn[:, kept], site.weight[:, kept] / 0.75)
         assert (drawn[:, ~kept] == 0).all() and 25 < int((~kept).sum()) < 75
@@ -251,3 +251,22 @@ def test_a_subclass_is_refused():
 
     with pytest.raises(UnsupportedLayerError, match="subclass of GRU"):
         vd.convert(Own(3, 4), vd.ARD())
+
+
+@pytest.mark.parametrize("method", [vd.BetaBernoulli(), (vd.BetaBernoulli(), vd.ARD())], ids=["gate", "gate-and-noise"])
+def test_gates_leave_recurrent_layers_alone_unless_named_and_then_are_refused(method):
+    net = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "head": nn.Linear(4, 2)})
+    with pytest.raises(UnsupportedLayerError, match=r"layer 'lstm' is a LSTM, not supported; supported are exactly"):
+        vd.convert(net, {"lstm": method})
+    assert all(site.name.startswith("head") for site in vd.sites(vd.convert(net, method)))
+
+
+def test_the_fast_path_leaves_recurrent_layers_and_embeddings_as_they_are():
+    net = nn.Sequential(nn.Embedding(7, 3), nn.LSTM(3, 4, batch_first=True))
+    vd.convert(net, vd.SparseVD())
+    x = torch.randint(7, (2, 5))
+    torch.manual_seed(1)
+    expected, price = net(x)[0], vd.kl(net)
+    vd.fast(net, variance="float32", compiled=False)
+    torch.manual_seed(1)
+    assert torch.equal(net(x)[0], expected) and torch.equal(vd.kl(net), price)

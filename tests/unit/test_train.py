@@ -184,6 +184,12 @@ def test_torch_save_to_a_full_disk_is_a_storage_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="could not be written"):
+        replace_file(tmp_path / "file" / "run" / "run.json", lambda path: path.write_text("new"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

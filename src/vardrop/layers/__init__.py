@@ -61,3 +61,11 @@ def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, nn.RNNBase):
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
     return ("weight",)
+
+
+def takes_gates(kind: type[nn.Module]) -> bool:
+    """Whether the units of plain layers of exactly this `kind` can have a gate.
+
+    Those whose noisy class runs its one operation by :func:`vardrop.layers.base.run` can.
+    """
+    return is_conv1d(kind) or (kind in NOISY and not issubclass(kind, (nn.RNNBase, nn.Embedding, nn.EmbeddingBag)))

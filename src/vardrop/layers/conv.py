@@ -7,35 +7,37 @@ from collections.abc import Callable
 import torch.nn.functional
 from torch import Tensor, nn
 
-from vardrop.noise import Layout, Noise
+from vardrop.layers.base import run
+from vardrop.noise import Gate, Layout, Noise
 
 
 class _NoisyConv(nn.modules.conv._ConvNd):
     noise: Noise
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
         return Layout(groups=self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.noise(self._conv_forward, input, self.weight, self.bias)
-        return output
+        return run(self, self._conv_forward, input)
 
 
 class NoisyConv1d(_NoisyConv, nn.Conv1d):
-    """``nn.Conv1d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.Conv1d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
 
 class NoisyConv2d(_NoisyConv, nn.Conv2d):
-    """``nn.Conv2d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.Conv2d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
 
 class NoisyConv3d(_NoisyConv, nn.Conv3d):
-    """``nn.Conv3d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.Conv3d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
 
 class _NoisyConvTranspose(nn.modules.conv._ConvTransposeNd):
     noise: Noise
+    gate: Gate
     _transposed: Callable[..., Tensor]
     _dimensions: int
 
@@ -59,26 +61,25 @@ class _NoisyConvTranspose(nn.modules.conv._ConvTransposeNd):
                 x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
 
-        output: Tensor = self.noise(operation, input, self.weight, self.bias)
-        return output
+        return run(self, operation, input)
 
 
 class NoisyConvTranspose1d(_NoisyConvTranspose, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.ConvTranspose1d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
     _transposed = staticmethod(torch.nn.functional.conv_transpose1d)
     _dimensions = 1
 
 
 class NoisyConvTranspose2d(_NoisyConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.ConvTranspose2d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
     _transposed = staticmethod(torch.nn.functional.conv_transpose2d)
     _dimensions = 2
 
 
 class NoisyConvTranspose3d(_NoisyConvTranspose, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.ConvTranspose3d`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
     _transposed = staticmethod(torch.nn.functional.conv_transpose3d)
     _dimensions = 3

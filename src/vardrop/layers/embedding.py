@@ -25,7 +25,7 @@ class NoisyEmbedding(nn.Embedding):
         return WORDS_BY_FEATURES
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.noise.sample(self.weight)
+        weight = self.noise.sample_weight(self.weight)
         if self.padding_idx is not None and self.noise.active:
             weight = weight.index_fill(0, torch.tensor(self.padding_idx, device=weight.device), 0.0)
         return torch.nn.functional.embedding(
@@ -45,7 +45,7 @@ class NoisyEmbeddingBag(nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         return torch.nn.functional.embedding_bag(
             input,
-            self.noise.sample(self.weight),
+            self.noise.sample_weight(self.weight),
             offsets,
             scale_grad_by_freq=self.scale_grad_by_freq,
             mode=self.mode,

@@ -7,37 +7,36 @@ from functools import cache
 import torch.nn.functional
 from torch import Tensor, nn
 
-from vardrop.noise import Layout, Noise
+from vardrop.layers.base import run
+from vardrop.noise import Gate, Layout, Noise
 
 
 class NoisyLinear(nn.Linear):
-    """``nn.Linear`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.Linear`` whose weight is a posterior mean, its spread in ``noise``; ``gate`` multiplies units."""
 
     noise: Noise
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
         return Layout()
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.noise(torch.nn.functional.linear, input, self.weight, self.bias)
-        return output
+        return run(self, torch.nn.functional.linear, input)
 
 
 class NoisyConv1D(nn.Module):
     """Base of the noisy form of transformers' ``Conv1D``: a dense layer whose weight is ``(inputs, outputs)``."""
 
     noise: Noise
-    weight: Tensor
-    bias: Tensor
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
         return Layout(out_axis=1, in_axis=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.noise(_transposed_linear, x, self.weight, self.bias)
-        return output
+        return run(self, _transposed_linear, x)
 
 
 def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

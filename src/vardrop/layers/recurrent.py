@@ -25,7 +25,7 @@ class _NoisyRecurrent(nn.RNNBase):
         self._update_flat_weights()
         drawn = list(self._flat_weights)
         for name, noise in noises_of(self).items():
-            drawn[self._flat_weights_names.index(name)] = noise.sample(getattr(self, name))
+            drawn[self._flat_weights_names.index(name)] = noise.sample_weight(getattr(self, name))
         return _with_weights(self, self._plain, drawn).forward(input, hx)
 
 

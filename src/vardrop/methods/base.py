@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vardrop.errors import InvalidValueError
-from vardrop.noise import Layout, Noise
+from vardrop.noise import Layout, Noise, Place
 
 RuleName = Literal["log_alpha", "magnitude", "snr"]
 
@@ -44,6 +44,8 @@ class Method:
     """
 
     paper: ClassVar[Paper]
+    follows: ClassVar[type[Method] | None] = None
+    """The method of the stage before this one, if there is one."""
     default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
 
     @classmethod
@@ -56,16 +58,24 @@ class Method:
         """The first sentence of the method's docstring."""
         return (cls.__doc__ or "").strip().split("\n")[0]
 
+    @property
+    def on_units(self) -> bool:
+        """Whether the noise is a gate on the units of a layer, rather than on its weights."""
+        return False
+
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         """A fresh noise for a layer with this `weight`, whose axes are told by `layout`."""
         raise NotImplementedError(f"{type(self).__name__} must make a noise")
+
+    def continues(self, noise: Noise, first: Noise) -> None:
+        """Hands what the noise of the stage before has learned to the fresh `noise`, in a method that follows one."""
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         """What the noise pays, summed over all live elements, in nats: a scalar in float32 or better."""
         return torch.zeros((), device=weight.device)
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
-        """Float64 scores of the weight's shape, live where ``>= cutoff(threshold)``; ``None``: nothing ever dies."""
+        """Float64 scores of the shape of the mask, live where ``>= cutoff(threshold)``; ``None``: nothing ever dies."""
         return None
 
     def cutoff(self, threshold: float | None = None) -> float:
@@ -96,10 +106,7 @@ class WeightMethod(Method):
         if self.rule is not None:
             _check_choice(self, "rule", self.rule, tuple(self.default_thresholds))
         _check_choice(self, "sampling", self.sampling, ("local", "weight"))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and math.isnan(value):
-                raise InvalidValueError(f"{type(self).__name__}({field.name}={value}): must be a number, not NaN")
+        _check_numbers(self)
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
         if self.rule is None:
@@ -124,10 +131,62 @@ class WeightMethod(Method):
         return math.nextafter(-value if self.rule == "log_alpha" else value, math.inf)
 
 
+@dataclass(frozen=True)
+class GateMethod(Method):
+    """A method on units: a gate multiplies the inputs or the outputs of each layer.
+
+    Args:
+        place: ``"input"`` or ``"output"`` of the layer; ``"auto"`` gates the outputs of convolutions, one value for
+            each channel, and the inputs of linear layers. Of the last layer of an ``nn.Sequential`` it gates the
+            inputs always, since its outputs are the net's.
+        threshold: a unit lives where its score reaches it.
+    """
+
+    place: Literal["auto", "input", "output"] = "auto"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "place", self.place, ("auto", "input", "output"))
+        _check_numbers(self)
+
+    @property
+    def on_units(self) -> bool:
+        return True
+
+    def placed(self, weight: Tensor) -> Place:
+        """The place for a layer with this `weight`."""
+        if self.place != "auto":
+            return self.place
+        return "output" if weight.dim() > 2 else "input"
+
+    def cutoff(self, threshold: float | None = None) -> float:
+        value = self.threshold if threshold is None else threshold
+        if math.isnan(value):
+            raise InvalidValueError(f"threshold={value}: must be a number")
+        return value
+
+
+def _check_numbers(method: Method) -> None:
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, float) and math.isnan(value):
+            raise InvalidValueError(f"{type(method).__name__}({field.name}={value}): must be a number, not NaN")
+
+
 def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidValueError(
             f"{type(method).__name__}({field}={value!r}): must be one of {', '.join(map(repr, allowed))}"
+        )
+
+
+def check_on(method: WeightMethod, on: str) -> None:
+    """Raises unless `on` is ``"weights"``, or ``"inputs"`` without what only weights have: a rule and a sampling."""
+    _check_choice(method, "on", on, ("weights", "inputs"))
+    if on == "inputs" and (method.rule is not None or method.sampling != "local"):
+        raise InvalidValueError(
+            f"{type(method).__name__}(on='inputs', rule={method.rule!r}, sampling={method.sampling!r}): "
+            "noise on inputs takes rule=None and sampling='local'"
         )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vardrop.methods.base import Method, Paper, WeightMethod, check_range
-from vardrop.noise import BernoulliNoise, Layout, MultiplicativeNoise, Noise
+from vardrop.methods.base import Method, Paper, WeightMethod, check_on, check_range
+from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, MultiplicativeNoise, Noise
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class BernoulliDropout(Method):
 class GaussianDropout(WeightMethod):
     """Gaussian dropout: weights with a fixed variance of rate / (1 - rate) times their squared mean.
 
-    Independent weights and local reparameterisation, so the outputs are independent given the input.
+    Independent weights and local reparameterisation, so the outputs are independent given the input ("type B"); or
+    noise on the inputs, whose outputs are correlated ("type A"), one value for each example and input.
 
     Args:
         rate: the Bernoulli rate with the same mean and variance, in (0, 1).
+        on: ``"weights"`` or ``"inputs"``.
 
-    Source: arXiv:1506.02557, section 3.2.
+    Source: arXiv:1506.02557, sections 3.1 and 3.2.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.GaussianDropout(rate=0.2))
     >>> vd.kl(net).item()
@@ -70,13 +72,21 @@ class GaussianDropout(WeightMethod):
         "1506.02557",
     )
     rate: float = 0.5
+    on: Literal["weights", "inputs"] = "weights"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "rate", above=0.0, below=1.0)
+        check_on(self, self.on)
+
+    @property
+    def on_units(self) -> bool:
+        return self.on == "inputs"
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         log_alpha = math.log(self.rate) - math.log1p(-self.rate)
+        if self.on == "inputs":
+            return MultiplicativeGate(weight, layout, "input", log_alpha=log_alpha, sharing="layer", learned=False)
         return MultiplicativeNoise(
             weight, layout, log_alpha=log_alpha, sharing="layer", learned=False, sampling=self.sampling
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vardrop import functional as F
-from vardrop.methods.base import Paper, WeightMethod, _check_choice, check_range
+from vardrop.errors import InvalidValueError
+from vardrop.methods.base import Paper, WeightMethod, _check_choice, check_on, check_range
 from vardrop.methods.dropout import GaussianDropout
-from vardrop.noise import Layout, MultiplicativeNoise, Noise
+from vardrop.noise import Layout, MultiplicativeGate, MultiplicativeNoise, Noise
 
 SHARING = ("layer", "input", "output", "weight")
 
@@ -20,10 +21,12 @@ SHARING = ("layer", "input", "output", "weight")
 class VariationalDropout(WeightMethod):
     """Variational dropout: learned rates alpha <= 1, shared by a layer, an input, an output, or of each weight.
 
-    The KL to the log-uniform prior counts once for each weight that shares an alpha.
+    The KL to the log-uniform prior counts once for each weight that shares an alpha; for noise on the inputs ("type
+    A") once for each input.
 
     Args:
-        alpha: who shares one alpha.
+        alpha: who shares one alpha; ``"layer"`` or ``"input"`` for noise on inputs.
+        on: ``"weights"`` or ``"inputs"``.
         init_log_alpha: first value of log alpha, at most 0.
         form: ``"exact"``, ``"sigmoid"``, or ``"cubic"`` as in the paper.
 
@@ -38,14 +41,29 @@ class VariationalDropout(WeightMethod):
     alpha: Literal["layer", "input", "output", "weight"] = "layer"
     init_log_alpha: float = -3.0
     form: Literal["exact", "sigmoid", "cubic"] = "exact"
+    on: Literal["weights", "inputs"] = "weights"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "alpha", self.alpha, SHARING)
         _check_choice(self, "form", self.form, ("exact", "sigmoid", "cubic"))
         check_range(self, "init_log_alpha", below=0.0, closed=True)
+        check_on(self, self.on)
+        if self.on == "inputs" and self.alpha not in ("layer", "input"):
+            raise InvalidValueError(
+                f"VariationalDropout(on='inputs', alpha={self.alpha!r}): must be 'layer' or 'input' for noise on inputs"
+            )
+
+    @property
+    def on_units(self) -> bool:
+        return self.on == "inputs"
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
+        if self.on == "inputs":
+            sharing: Literal["layer", "unit"] = "layer" if self.alpha == "layer" else "unit"
+            return MultiplicativeGate(
+                weight, layout, "input", log_alpha=self.init_log_alpha, sharing=sharing, learned=True
+            )
         return MultiplicativeNoise(
             weight,
             layout,
@@ -56,10 +74,13 @@ class VariationalDropout(WeightMethod):
         )
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
+        if isinstance(noise, MultiplicativeGate):
+            log_alpha = noise.log_alpha(weight)
+            return noise.sum_alive(F.log_uniform_kl_from_log_alpha(log_alpha, form=self.form))
         shared = cast(MultiplicativeNoise, noise)
         each = F.log_uniform_kl_from_log_alpha(shared.shared_log_alpha, form=self.form)
         return shared.masked(shared.spread(each, weight)).sum()
 
     def project(self, noise: Noise) -> None:
         with torch.no_grad():
-            cast(MultiplicativeNoise, noise).shared_log_alpha.data.clamp_(max=0.0)
+            cast(MultiplicativeNoise | MultiplicativeGate, noise).shared_log_alpha.data.clamp_(max=0.0)

@@ -1,8 +1,17 @@
-"""Variational families as small modules that hang on a layer as ``layer.noise``."""
+"""Variational families as small modules that hang on a layer: ``layer.noise`` on weights, ``layer.gate`` on units."""
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
 from vardrop.noise.base import noises_of as noises_of
+from vardrop.noise.dependent import DependentGate as DependentGate
+from vardrop.noise.dependent import InputGate as InputGate
+from vardrop.noise.gate import Gate as Gate
+from vardrop.noise.gate import Place as Place
+from vardrop.noise.gates import AdditiveGate as AdditiveGate
+from vardrop.noise.gates import BetaBernoulliGate as BetaBernoulliGate
+from vardrop.noise.gates import ConcreteGate as ConcreteGate
+from vardrop.noise.gates import MultiplicativeGate as MultiplicativeGate
+from vardrop.noise.gates import TruncatedLogNormalGate as TruncatedLogNormalGate
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise

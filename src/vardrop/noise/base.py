@@ -20,11 +20,11 @@ class Layout(NamedTuple):
 
 
 class Noise(nn.Module):
-    """Noise on the weights or the inputs of one layer.
+    """Noise on the weights or the units of one layer.
 
     Attributes:
         on: ``True`` or ``False`` forces the noise; ``None`` follows ``training``, as dropout does.
-        mask: boolean, of the weight's shape: what :func:`vardrop.prune` left alive; ``None`` while unpruned.
+        mask: boolean, of the shape :meth:`mask_shape`: what :func:`vardrop.prune` left alive; ``None`` while unpruned.
         generator: source of the draws; ``None`` for torch's default generator.
         fast: how the fast path computes; ``None`` for the plain reference.
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
@@ -49,7 +49,7 @@ class Noise(nn.Module):
         """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""
         raise NotImplementedError(f"{type(self).__name__} must say how it acts on a layer's operation")
 
-    def sample(self, weight: Tensor) -> Tensor:
+    def sample_weight(self, weight: Tensor) -> Tensor:
         """The whole `weight` for one pass: a draw, or the mean where the noise is off; dead elements at zero.
 
         For layers that use a weight more than once in a pass, such as recurrent ones and embeddings.
@@ -60,9 +60,21 @@ class Noise(nn.Module):
         """``log(variance / mean^2)`` of each element, or ``None`` where the family has no such thing."""
         return None
 
+    def mask_shape(self, weight: Tensor) -> torch.Size:
+        """The shape of the mask: what lives and dies is a weight, unless a subclass says otherwise."""
+        return weight.shape
+
+    def on_weights(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """Which elements of `weight` live where `mask` tells what lives; broadcasts to `weight`."""
+        return mask
+
     def masked(self, weight: Tensor) -> Tensor:
         """`weight` with its dead elements at zero."""
-        return weight if self.mask is None else weight * self.mask
+        return weight if self.mask is None else weight.masked_fill(~self.on_weights(self.mask, weight), 0.0)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the plain layer that computes what this one computes in a quiet pass."""
+        return self.masked(weight), bias
 
     def extra_repr(self) -> str:
         return "" if self.method is None else repr(self.method)

@@ -28,7 +28,7 @@ class BernoulliNoise(Noise):
             x = x * kept / (1.0 - self.rate)
         return operation(x, self.masked(weight), bias)
 
-    def sample(self, weight: Tensor) -> Tensor:
+    def sample_weight(self, weight: Tensor) -> Tensor:
         weight = self.masked(weight)
         if not self.active:
             return weight

@@ -41,7 +41,7 @@ class WeightNoise(Noise):
         variance = self.variance(weight)
         return self.masked(self.noisy_mean(weight, variance)), self.masked(variance)
 
-    def sample(self, weight: Tensor) -> Tensor:
+    def sample_weight(self, weight: Tensor) -> Tensor:
         if not self.active:
             return self.masked(weight)
         variance = self.variance(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -11,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class
-from vardrop.methods.base import Method
-from vardrop.noise import Layout, Noise, noises_of
-from vardrop.sites import sites
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, takes_gates
+from vardrop.methods.base import GateMethod, Method
+from vardrop.noise import DependentGate, Gate, Layout, Noise
+from vardrop.sites import SLOTS, folded, noises, sites
 
 Patterns = str | Sequence[str]
+Choice = Method | tuple[Method, ...]
 
 
 def convert(
     model: nn.Module,
-    method: Method | Mapping[str, Method],
+    method: Choice | Mapping[str, Choice],
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -31,36 +33,51 @@ def convert(
     Parameters keep their identity and names, so optimisers, hooks and dense checkpoints made earlier stay valid. Make
     the optimiser that is to train the noise after this call, so that it sees the new parameters.
 
+    A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
+
     Args:
         model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding and
             EmbeddingBag layers, among others.
-        method: one method, or a dict from name patterns (``"features.*"``) to methods; the first match wins.
+        method: one method; a tuple of two, one on units and one on weights; or a dict from name patterns
+            (``"features.*"``) to these, of which the first match wins.
         include: name patterns of the layers to convert; all supported ones by default.
         exclude: name patterns of the layers to leave as they are.
 
     Raises:
         InvalidValueError: a pattern matches nothing, or `method` is not a method.
-        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or any is a subclass of one that
-            has, or has an option that the noisy form does not know.
-        ConversionError: the model is converted already, or nothing in it can be converted.
+        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or no form with a gate, or any is a
+            subclass of one that has, or has an option that the noisy form does not know.
+        ConversionError: the model is converted already, nothing in it can be converted, or a layer that is to have
+            a gate shares its weight with another, or has the outputs of the net for its units.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     >>> net = vd.convert(net, {"0": vd.SparseVD(), "*": vd.ARD()})
     >>> [type(site.method).__name__ for site in vd.sites(net)]
     ['SparseVD', 'ARD']
     """
-    chosen = _choose(model, method, _as_patterns(include), _as_patterns(exclude))
-    shared: dict[Tensor, Noise] = {}
-    for layer, layer_method in chosen.values():
-        _make_noisy(layer, layer_method, shared)
-    _close_fast_paths(model)
+    given = method if isinstance(method, Mapping) else {"*": method}
+    by_pattern = {pattern: _as_methods(pattern, value) for pattern, value in given.items()}
+    chosen = _choose(model, by_pattern, _as_patterns(include), _as_patterns(exclude))
+    if any(method.follows for methods in by_pattern.values() for method in methods):
+        _advance(model, chosen)
+    else:
+        attach(model, chosen)
     return model
+
+
+def attach(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
+    """Makes the layers called so noisy, each by its methods; all was checked before."""
+    shared: dict[tuple[str, Tensor], Noise] = {}
+    for name, methods in chosen.items():
+        _make_noisy(model.get_submodule(name), methods, shared)
+    _close_fast_paths(model)
 
 
 def strip(model: nn.Module) -> nn.Module:
     """Turns a converted `model` back into a plain one in place, dead weights at zero, and returns it.
 
-    The result computes what the converted model computes in eval mode, and holds no class of this library.
+    The result computes what the converted model computes in eval mode. It holds no class of this library, but for the
+    small plain modules of gates that depend on their input.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> type(vd.strip(net))
@@ -71,30 +88,36 @@ def strip(model: nn.Module) -> nn.Module:
         if plain is None:
             continue
         with torch.no_grad():
-            for parameter, noise in noises_of(layer).items():
-                weight = layer.get_parameter(parameter)
-                weight.copy_(noise.masked(weight))
+            for parameter, value in folded(layer).items():
+                layer.get_parameter(parameter).copy_(value)
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
-        del layer.noise
+        gate = layer._modules.get("gate")
+        for slot in SLOTS:
+            layer._modules.pop(slot, None)
         layer.__class__ = plain
+        if isinstance(gate, DependentGate):
+            gate.remainder(layer.get_parameter("weight")).hang_on(layer)
     _open_fast_paths(model)
     return model
 
 
-def _make_noisy(layer: nn.Module, method: Method, shared: dict[Tensor, Noise]) -> None:
+def _make_noisy(layer: nn.Module, methods: tuple[Method, ...], shared: dict[tuple[str, Tensor], Noise]) -> None:
     layer.__class__ = noisy_class(type(layer)) or type(layer)
-    noises: dict[str, nn.Module] = {}
-    for parameter in noisy_parameters(layer):
-        weight = layer.get_parameter(parameter)
-        if weight not in shared:
-            shared[weight] = method.noise(weight, cast(Layout, layer.layout))
-            shared[weight].method = method
-            shared[weight].train(layer.training)
-        noises[parameter] = shared[weight]
-    layer.noise = noises["weight"] if noises.keys() == {"weight"} else nn.ModuleDict(noises).train(layer.training)
-    if type(method).project is not Method.project:
+    for method in methods:
+        slot = "gate" if method.on_units else "noise"
+        made: dict[str, nn.Module] = {}
+        for parameter in noisy_parameters(layer):
+            weight = layer.get_parameter(parameter)
+            if (slot, weight) not in shared:
+                noise = method.noise(weight, cast(Layout, layer.layout))
+                noise.method = method
+                shared[slot, weight] = noise.train(layer.training)
+            made[parameter] = shared[slot, weight]
+        alone = made.keys() == {"weight"}
+        setattr(layer, slot, made["weight"] if alone else nn.ModuleDict(made).train(layer.training))
+    if any(type(method).project is not Method.project for method in methods):
         layer.register_forward_pre_hook(_project)
 
 
@@ -104,30 +127,21 @@ def _project(layer: nn.Module, inputs: Any) -> None:
     Doing it here rather than after the step serves every optimiser, and a second pass before the backward is harmless.
     """
     if layer.training:
-        for noise in noises_of(layer).values():
+        for _, _, noise in noises(layer):
             noise.method.project(noise)
 
 
 def _choose(
     model: nn.Module,
-    method: Method | Mapping[str, Method],
+    by_pattern: Mapping[str, tuple[Method, ...]],
     include: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
-) -> dict[str, tuple[nn.Module, Method]]:
-    """The layers to convert by name, each with its method; everything is checked here, before any change."""
-    by_pattern = dict(method) if isinstance(method, Mapping) else {"*": method}
-    for pattern, value in by_pattern.items():
-        if not isinstance(value, Method):
-            raise InvalidValueError(
-                f"method={value!r} for layers {pattern!r}: must be a method such as vardrop.SparseVD(), "
-                "or a dict from name patterns to methods"
-            )
-    if next(sites(model), None) is not None:
-        raise ConversionError("the model is converted already: convert a plain one, or call vardrop.strip(model) first")
-    layers = {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+) -> dict[str, tuple[Method, ...]]:
+    """The layers to convert by name, each with its methods; everything is checked here, before any change."""
+    layers = _candidates(model, by_pattern)
     _check_patterns(include, layers, "include")
     _check_patterns(exclude, layers, "exclude")
-    chosen: dict[str, tuple[nn.Module, Method]] = {}
+    chosen: dict[str, tuple[Method, ...]] = {}
     used: set[str] = set()
     for name, layer in layers.items():
         if (include is not None and not _matches(name, include)) or (exclude and _matches(name, exclude)):
@@ -136,11 +150,13 @@ def _choose(
         if not matching:
             continue
         named = include is not None or matching[0] != "*"
-        if _is_convertible(name, layer, named=named):
+        methods = by_pattern[matching[0]]
+        gated = any(method.on_units for method in methods)
+        if noises(layer) or _is_convertible(name, layer, gated=gated, named=named):
             used.add(matching[0])
-            chosen[name] = (layer, by_pattern[matching[0]])
+            chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
     unused = [pattern for pattern in by_pattern if pattern not in used]
-    if unused and isinstance(method, Mapping):
+    if unused and list(by_pattern) != ["*"]:
         raise InvalidValueError(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
@@ -152,12 +168,103 @@ def _choose(
     return chosen
 
 
-def _is_convertible(name: str, layer: nn.Module, *, named: bool) -> bool:
+def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) -> dict[str, nn.Module]:
+    """The layers that could be converted: plain ones, or for a second stage those with the noise of the first."""
+    methods = [method for given in by_pattern.values() for method in given]
+    second = next((method for method in methods if method.follows), None)
+    if second is None or second.follows is None:
+        if next(sites(model), None) is not None:
+            raise ConversionError(
+                "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
+            )
+        return {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+    own, first = type(second).__name__, second.follows
+    if any(type(method) is not type(second) for method in methods):
+        raise InvalidValueError(f"{own} is a second stage and is given alone, without methods of the first")
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if any(type(noise.method) is first for _, _, noise in noises(layer))
+    }
+    if not found:
+        raise ConversionError(
+            f"{own} is the second stage of {first.__name__}, of which the model has no trained gates: call "
+            f"vardrop.convert(model, vardrop.{first.__name__}()) and train it first"
+        )
+    return found
+
+
+def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
+    """Puts the gates of the second stage in the place of those of the first."""
+    for name, (method,) in chosen.items():
+        layer = model.get_submodule(name)
+        first = cast(Gate, layer.gate)
+        gate_method = replace(cast(GateMethod, method), place=first.place)
+        gate = gate_method.noise(cast(Tensor, layer.weight), cast(Layout, layer.layout))
+        gate_method.continues(gate, first)
+        gate.method = gate_method
+        layer.gate = gate.train(layer.training)
+
+
+def _as_methods(pattern: str, value: Choice) -> tuple[Method, ...]:
+    """One or two methods, the one on weights first."""
+    methods = value if isinstance(value, tuple) else (value,)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise InvalidValueError(
+                f"method={method!r} for layers {pattern!r}: must be a method such as vardrop.SparseVD(), "
+                "a tuple of two, or a dict from name patterns to methods"
+            )
+    on_units = [method.on_units for method in methods]
+    if len(methods) != len(set(on_units)) or not methods:
+        names = ", ".join(type(method).__name__ for method in methods) or "nothing"
+        raise InvalidValueError(
+            f"layers {pattern!r} are given {names}: a layer takes one method on weights, one on units, or one of each"
+        )
+    return tuple(sorted(methods, key=lambda method: method.on_units))
+
+
+def _placed(model: nn.Module, name: str, layer: nn.Module, method: Method) -> Method:
+    """`method` itself, or with its gate at the inputs of the layer whose outputs are the net's."""
+    if not method.on_units:
+        return method
+    tied = [other for other, module in model.named_modules() if module is not layer and _holds(module, layer.weight)]
+    if tied:
+        raise ConversionError(
+            f"layer {name!r} shares its weight with {tied[0]!r}, so the multipliers of its units cannot be folded into "
+            f"it: leave it out with exclude={name!r}"
+        )
+    outputs = isinstance(method, GateMethod) and method.placed(cast(Tensor, layer.weight)) == "output"
+    if not isinstance(method, GateMethod) or not outputs or _last(model) is not layer:
+        return method
+    if method.place == "output":
+        raise ConversionError(
+            f"layer {name!r} is the last one, its outputs are those of the net and cannot be removed: "
+            f"leave it out with exclude={name!r}, or gate its inputs with place='input'"
+        )
+    return replace(method, place="input")
+
+
+def _holds(module: nn.Module, weight: Any) -> bool:
+    return any(parameter is weight for parameter in module._parameters.values())
+
+
+def _last(model: nn.Module) -> nn.Module:
+    """The layer whose outputs are certainly those of `model`; in other models than sequential ones it is not known."""
+    while type(model) is nn.Sequential:
+        trained = [child for child in model if next(child.parameters(), None) is not None]
+        if not trained:
+            break
+        model = trained[-1]
+    return model
+
+
+def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
-    kind = next((kind for kind in NOISY if isinstance(layer, kind)), None)
+    kind = next((kind for kind in NOISY if isinstance(layer, kind) and (takes_gates(kind) or not gated)), None)
     if kind is not None and any(isinstance(getattr(layer, w), UninitializedParameter) for w in noisy_parameters(layer)):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-    if noisy_class(type(layer)) is not None:
+    if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
         check = UNSUPPORTED.get(type(layer))
         fault = check(layer) if check else None
         if fault is not None:
@@ -168,9 +275,10 @@ def _is_convertible(name: str, layer: nn.Module, *, named: bool) -> bool:
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
     if own or (named and next(layer.parameters(), None) is not None):
         what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
+        known = ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
         raise UnsupportedLayerError(
-            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly "
-            f"{', '.join(kind.__name__ for kind in NOISY)}; leave it out with exclude={name!r}"
+            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly {known}; "
+            f"leave it out with exclude={name!r}"
         )
     return False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,27 +17,26 @@ from vardrop.sites import Site, sites
 
 @dataclass(frozen=True)
 class LayerCount:
-    """Live and total weights of one layer."""
+    """What lives and what there was in one noisy place: weights, or the units of a gate."""
 
     alive: int
     total: int
+    counts: Literal["weights", "units"] = "weights"
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What :func:`prune` left alive, layer by layer."""
+    """What :func:`prune` left alive.
+
+    Attributes:
+        layers: weights or units, by the name of each site.
+        alive: weights of the converted layers that live and neither read nor make a dead unit of a gate there.
+        total: weights of the converted layers.
+    """
 
     layers: dict[str, LayerCount]
-
-    @property
-    def alive(self) -> int:
-        """Live weights in all layers."""
-        return sum(count.alive for count in self.layers.values())
-
-    @property
-    def total(self) -> int:
-        """Weights in all layers."""
-        return sum(count.total for count in self.layers.values())
+    alive: int
+    total: int
 
     @property
     def compression(self) -> float:
@@ -45,8 +46,14 @@ class Pruned:
         """
         return self.total / self.alive if self.alive else 1.0
 
+    @property
+    def units(self) -> str:
+        """The living units of all gates in order, such as ``"294-110-71"``; empty without gates."""
+        return "-".join(str(count.alive) for count in self.layers.values() if count.counts == "units")
+
     def __str__(self) -> str:
-        rows = [f"{name}: {count.alive} of {count.total} weights" for name, count in self.layers.items()]
+        rows = [f"{name}: {count.alive} of {count.total} {count.counts}" for name, count in self.layers.items()]
+        rows += [f"units {self.units}"] if self.units else []
         return "\n".join([*rows, f"compression {self.compression:.1f}x"])
 
 
@@ -56,15 +63,15 @@ def prune(
     *,
     on_empty: Literal["keep-best", "refuse"] = "keep-best",
 ) -> Pruned:
-    """Marks the dead weights of `model` in place by each method's own rule; :func:`unprune` takes it back.
+    """Marks the dead weights and units of `model` in place by each method's own rule; :func:`unprune` takes it back.
 
     Args:
         model: a converted model.
         threshold: in place of each method's own, in the units of its rule.
-        on_empty: what to do with a layer whose last weight would die: keep its best one and warn, or refuse.
+        on_empty: what to do with a layer whose last weight or unit would die: keep its best one and warn, or refuse.
 
     Returns:
-        Live and total weights per layer.
+        Live and total weights, and units of gates, per layer.
 
     Raises:
         ConversionError: the model is not converted.
@@ -78,6 +85,8 @@ def prune(
     if on_empty not in ("keep-best", "refuse"):
         raise InvalidValueError(f"on_empty={on_empty!r}: must be 'keep-best' or 'refuse'")
     masks = {site: _mask(site, threshold, on_empty) for site in _converted(model)}
+    for name in _spare_the_last(masks):
+        _complain(f"layer {name!r}: noise and gate leave no weight together", on_empty)
     if threshold is not None and all(mask is None for mask in masks.values()):
         names = sorted({type(site.method).__name__ for site in masks})
         raise InvalidValueError(f"threshold={threshold}: {', '.join(names)} has no pruning rule")
@@ -100,27 +109,34 @@ def unprune(model: nn.Module) -> nn.Module:
 
 
 def count_alive(model: nn.Module) -> Pruned:
-    """Live and total weights of each layer of a converted `model`, as marked at present."""
-    return Pruned(
-        {
-            site.name: LayerCount(
-                site.weight.numel() if site.noise.mask is None else int(site.noise.mask.sum()),
-                site.weight.numel(),
-            )
-            for site in sites(model)
-        }
-    )
+    """What lives in a converted `model`, as marked at present."""
+    return _count({site: site.noise.mask for site in sites(model)})
 
 
 def would_live(model: nn.Module) -> Pruned:
     """Like :func:`prune` by each method's own rule, but only counts: nothing is marked."""
-    counts = {}
+    masks: dict[Site, Tensor | None] = {}
     for site in sites(model):
         scores = site.method.score(site.noise, site.weight)
-        total = site.weight.numel()
-        alive = total if scores is None else max(1, int((scores >= site.method.cutoff()).sum()))
-        counts[site.name] = LayerCount(alive, total)
-    return Pruned(counts)
+        masks[site] = None if scores is None else _living(scores, site.method.cutoff())
+    _spare_the_last(masks)
+    return _count(masks)
+
+
+def _count(masks: Mapping[Site, Tensor | None]) -> Pruned:
+    found: dict[str, LayerCount] = {}
+    weights: dict[Tensor, Tensor] = {}
+    for site, mask in masks.items():
+        total = site.noise.mask_shape(site.weight).numel()
+        found[site.name] = LayerCount(total if mask is None else int(mask.sum()), total, site.counts)
+        living = weights.setdefault(site.weight, torch.ones_like(site.weight, dtype=torch.bool))
+        if mask is not None:
+            living &= site.noise.on_weights(mask, site.weight)
+    return Pruned(
+        found,
+        alive=sum(int(living.sum()) for living in weights.values()),
+        total=sum(living.numel() for living in weights.values()),
+    )
 
 
 def _mask(site: Site, threshold: float | None, on_empty: str) -> Tensor | None:
@@ -129,14 +145,45 @@ def _mask(site: Site, threshold: float | None, on_empty: str) -> Tensor | None:
         return None
     if torch.isnan(scores).any() or not torch.isfinite(site.weight).all():
         raise InvalidValueError(f"layer {site.name!r}: its weights or noise are not finite, so no rule can judge them")
-    mask = scores >= site.method.cutoff(threshold)
+    cutoff = site.method.cutoff(threshold)
+    if not (scores >= cutoff).any():
+        dead = f"all {scores.numel()} {site.counts} are dead by the rule of {site.method}"
+        _complain(f"layer {site.name!r}: {dead}", on_empty)
+    return _living(scores, cutoff)
+
+
+def _living(scores: Tensor, cutoff: float) -> Tensor:
+    """What reaches the cutoff; the best one where nothing does."""
+    mask = scores >= cutoff
     if not mask.any():
-        message = f"layer {site.name!r}: all {mask.numel()} weights are dead by the rule of {site.method}"
-        if on_empty == "refuse":
-            raise InvalidValueError(f"{message}; lower the bar, or pass on_empty='keep-best'")
-        warnings.warn(f"{message}; the best one is kept", EmptyLayerWarning, stacklevel=3)
         mask.view(-1)[scores.argmax()] = True
     return mask
+
+
+def _spare_the_last(masks: Mapping[Site, Tensor | None]) -> list[str]:
+    """Where noise and gate of a layer leave no weight together, the best one of a living unit is marked alive.
+
+    Returns the names of these layers.
+    """
+    gates = {site.weight: site for site in masks if site.counts == "units"}
+    spared = []
+    for site, mask in masks.items():
+        gate = gates.get(site.weight, site)
+        units = masks[gate]
+        scores = site.method.score(site.noise, site.weight)
+        if gate is site or mask is None or units is None or scores is None:
+            continue
+        open_ = gate.noise.on_weights(units, site.weight)
+        if not (mask & open_).any():
+            mask.view(-1)[scores.masked_fill(~open_, -math.inf).argmax()] = True
+            spared.append(site.name)
+    return spared
+
+
+def _complain(message: str, on_empty: str) -> None:
+    if on_empty == "refuse":
+        raise InvalidValueError(f"{message}; lower the bar, or pass on_empty='keep-best'")
+    warnings.warn(f"{message}; the best one is kept", EmptyLayerWarning, stacklevel=4)
 
 
 def _converted(model: nn.Module) -> list[Site]:
