@@ -50,13 +50,63 @@ def test_rates_know_its_axes_and_strip_gives_its_class_back(conv1d):
     torch.testing.assert_close(plain(x), expected)
 
 
-def test_a_pruned_one_is_kept_whole_by_compaction_with_its_zeros(conv1d):
-    net = vd.convert(nn.Sequential(nn.Linear(3, 4), conv1d(5, 4)), vd.SparseVD())
+class Block(nn.Module):
+    """The part of GPT-2 that has hidden units, and a projection cut into three as in its attention."""
+
+    def __init__(self, conv1d):
+        super().__init__()
+        self.norm, self.attn, self.fc, self.proj = nn.LayerNorm(4), conv1d(12, 4), conv1d(6, 4), conv1d(4, 6)
+
+    def forward(self, x):
+        query, key, value = self.attn(x).split(4, dim=2)
+        x = x + torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return x + self.proj(torch.nn.functional.gelu(self.fc(self.norm(x))))
+
+
+@pytest.fixture
+def pruned(conv1d):
+    """Of its hidden units one is not read, and two are constants, whose gelu folds into the bias of the reader."""
+    net = vd.convert(Block(conv1d), vd.SparseVD())
     with torch.no_grad():
-        net[1].weight[1] *= 1e-6
+        net.proj.weight[1] *= 1e-6
+        net.fc.weight[:, [2, 5]] *= 1e-6
+        net.attn.weight[:, 3] *= 1e-6
     vd.prune(net)
-    small = vd.compact(net, torch.randn(2, 3))
-    assert type(small[1]) is conv1d and (small[1].weight[1] == 0).all()
+    return net
+
+
+def test_its_dead_units_are_cut_and_constants_fold(pruned, conv1d):
+    x = torch.randn(2, 3, 4)
+    small = vd.compact(pruned, x)
+    assert small.fc.weight.shape == (4, 3) and small.proj.weight.shape == (3, 4)
+    assert (small.fc.nx, small.fc.nf, small.proj.nx, small.proj.nf) == (4, 3, 3, 4)
+    assert small.attn.weight.shape == (4, 12) and type(small.fc) is conv1d
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 4)
+        torch.testing.assert_close(small(x), pruned.eval()(x))
+
+
+def test_a_noisy_and_a_cut_one_are_stored_and_loaded(pruned, conv1d, tmp_path):
+    x = torch.randn(2, 3, 4)
+    vd.save(pruned, tmp_path / "noisy")
+    vd.save(vd.compact(pruned, x), tmp_path / "small", sparse=True)
+    noisy = vd.load(tmp_path / "noisy", lambda: Block(conv1d))
+    small = vd.load(tmp_path / "small", lambda: Block(conv1d))
+    assert torch.equal(noisy.eval()(x), pruned.eval()(x)) and torch.equal(vd.kl(noisy), vd.kl(pruned))
+    assert (small.proj.nx, small.proj.nf) == (3, 4)
+    torch.testing.assert_close(small(x), pruned(x))
+
+
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_gate_on_its_units_folds_and_compacts(conv1d, place):
+    method = vd.BetaBernoulli(place=place)
+    net = vd.convert(Block(conv1d), {"proj" if place == "input" else "fc": method})
+    (site,) = vd.sites(net)
+    site.noise.mask = torch.arange(6) < 2
+    x = torch.randn(2, 3, 4)
+    small = vd.compact(net, x)
+    assert (small.fc.nf, small.proj.nx) == (2, 2)
+    torch.testing.assert_close(small(x), net.eval()(x))
 
 
 def test_another_class_of_that_name_is_not_taken_for_it():

@@ -16,7 +16,8 @@ from vardrop.layers.embedding import NoisyEmbeddingBag as NoisyEmbeddingBag
 from vardrop.layers.embedding import unsupported_lookup
 from vardrop.layers.linear import NoisyConv1D as NoisyConv1D
 from vardrop.layers.linear import NoisyLinear as NoisyLinear
-from vardrop.layers.linear import is_conv1d, noisy_conv1d
+from vardrop.layers.linear import is_conv1d as is_conv1d
+from vardrop.layers.linear import noisy_conv1d
 from vardrop.layers.recurrent import NoisyGRU as NoisyGRU
 from vardrop.layers.recurrent import NoisyLSTM as NoisyLSTM
 from vardrop.layers.recurrent import NoisyRNN as NoisyRNN

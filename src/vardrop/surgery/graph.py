@@ -21,7 +21,7 @@ from torch.fx import Graph as Traced
 from torch.fx import Node
 
 from vardrop.errors import GraphError, InvalidValueError
-from vardrop.surgery.layer_rules import convolution, linear
+from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     Balance,
     FixedSize,
@@ -178,7 +178,7 @@ def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
         _refuse_lost_writes(reading, node)
     rule = RULES.get(name)
     carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
-    if name.startswith("_assert") or not (carrying or rule in (linear, convolution, embedding, recurrent)):
+    if name.startswith("_assert") or not (carrying or rule in (linear, product, convolution, embedding, recurrent)):
         return None
     if rule is not None:
         return rule(reading, node)

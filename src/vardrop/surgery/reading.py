@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from vardrop.layers import is_conv1d
 from vardrop.surgery.units import Classes, Value, unknown
 
 Outcome = Value | list[Value | None] | None
@@ -196,7 +197,12 @@ class Reading:
     def is_plain_call(self, node: Node, name: str) -> bool:
         """Whether `node` is the forward of the torch.nn layer that owns the parameter called `name`."""
         owner = self.owner(name)
-        return self._modules.get(self.caller(node)) is owner and type(owner) in (*LAYERS, *RECURRENT, nn.Embedding)
+        return self._modules.get(self.caller(node)) is owner and is_cuttable(type(owner))
+
+
+def is_cuttable(kind: type[nn.Module]) -> bool:
+    """Whether layers of exactly this `kind` can lose inputs and units and stay valid."""
+    return kind in (*LAYERS, *RECURRENT, nn.Embedding) or is_conv1d(kind)
 
 
 def operation(node: Node) -> str:

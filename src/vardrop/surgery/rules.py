@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from vardrop.surgery.layer_rules import convolution, linear
+from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     NORMS,
     Follower,
@@ -263,7 +263,7 @@ SPATIAL = """
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
 BARRIERS = """
-    layer_norm group_norm rms_norm softmax log_softmax matmul bmm mm mv dot addmm baddbmm addbmm einsum
+    layer_norm group_norm rms_norm softmax log_softmax matmul bmm mm mv dot baddbmm addbmm einsum
     bilinear scaled_dot_product_attention stack unbind topk sort argsort argmax
     argmin max min median prod cumsum cumprod norm linalg_vector_norm linalg_norm logsumexp var std var_mean
     std_mean all any index gather scatter take_along_dim masked_select roll flip pixel_shuffle
@@ -280,6 +280,7 @@ def _table(rules: Mapping[Rule, str]) -> Mapping[str, Rule]:
 RULES: Mapping[str, Rule] = _table(
     {
         linear: "linear",
+        product: "addmm",
         convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         norm: "batch_norm instance_norm",
         prelu: "prelu",
