@@ -282,7 +282,7 @@ def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
             counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
             histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
     replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
-    first = folded(found[0].layer)[0].detach().cpu().contiguous()
+    first = folded(found[0].layer)[found[0].parameter].detach().cpu().contiguous()
     shape = {"input_shape": json.dumps(list(data.input_shape))}
     replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
 

@@ -10,30 +10,41 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
 from vardrop.methods.base import Method
-from vardrop.noise import Gate, Noise
+from vardrop.noise import Gate, Noise, noises_of
 
 SLOTS = ("noise", "gate")
 
 
+class Held(NamedTuple):
+    """One noise of a layer: the submodule it is, such as ``"noise.weight_hh_l0"``, and the parameter it acts on."""
+
+    slot: str
+    parameter: str
+    noise: Noise
+
+
 class Site(NamedTuple):
-    """A place of a converted model that is noisy: the weights of a layer, or the units that a gate multiplies.
+    """A noisy place of a converted model: a weight of a layer, or the units that a gate multiplies.
 
     Attributes:
-        name: that of the layer; for a gate its own, such as ``"0.gate"``.
+        name: that of the layer, followed by that of the weight where it is not simply ``weight``, such as
+            ``"lstm.weight_hh_l0"``; for a gate its own, such as ``"0.gate"``.
         layer: the layer.
-        noise: the noise on its weights, or the gate.
+        noise: the noise on the weight, or the gate.
         method: the method that made the noise.
+        parameter: the name of the weight in its layer.
     """
 
     name: str
     layer: nn.Module
     noise: Noise
     method: Method
+    parameter: str = "weight"
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight: the posterior mean."""
-        return cast(Tensor, self.layer.weight)
+        """The noisy weight: the posterior mean."""
+        return cast(Tensor, getattr(self.layer, self.parameter))
 
     @property
     def counts(self) -> Literal["weights", "units"]:
@@ -52,26 +63,30 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """
     seen: set[Noise] = set()
     for name, layer in model.named_modules():
-        for slot, noise in noises(layer).items():
+        for slot, parameter, noise in noises(layer):
             if noise not in seen:
                 seen.add(noise)
                 method = cast(Method, noise.method)
                 method.project(noise)
-                yield Site(name if slot == "noise" else f"{name}.{slot}".lstrip("."), layer, noise, method)
+                own = slot.removeprefix("noise").removeprefix(".")
+                yield Site(f"{name}.{own}".strip("."), layer, noise, method, parameter)
 
 
-def noises(layer: nn.Module) -> dict[str, Noise]:
-    """The noise and the gate that hang on `layer`, as far as it has them; the noise acts first."""
-    found = {slot: layer._modules.get(slot) for slot in SLOTS}
-    return {slot: noise for slot, noise in found.items() if isinstance(noise, Noise)}
+def noises(layer: nn.Module) -> list[Held]:
+    """The noises that hang on `layer`, and last its gate, as far as it has them; a noise acts before the gate."""
+    own = isinstance(layer._modules.get("noise"), nn.ModuleDict)
+    held = [Held(f"noise.{name}" if own else "noise", name, noise) for name, noise in noises_of(layer).items()]
+    gate = layer._modules.get("gate")
+    return [*held, Held("gate", "weight", gate)] if isinstance(gate, Gate) else held
 
 
-def folded(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the plain layer that computes what the noisy `layer` computes in a quiet pass."""
-    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
-    for noise in noises(layer).values():
-        weight, bias = noise.folded(weight, bias)
-    return weight, bias
+def folded(layer: nn.Module) -> dict[str, Tensor]:
+    """Weights and bias, by name, of the plain layer that computes what the noisy `layer` does in a quiet pass."""
+    bias = cast(Tensor | None, getattr(layer, "bias", None)) if "gate" in layer._modules else None
+    found: dict[str, Tensor] = {}
+    for _, parameter, noise in noises(layer):
+        found[parameter], bias = noise.folded(found.get(parameter, layer.get_parameter(parameter)), bias)
+    return found if bias is None else {**found, "bias": bias}
 
 
 def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-2) -> list[dict[str, Any]]:

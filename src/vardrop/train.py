@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vardrop import warmup
 from vardrop.elbo import ELBO
@@ -247,15 +248,16 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             layer, _, kind = name.removeprefix("module.").rpartition(".")
-            return f"layer {layer.removesuffix('.noise').removesuffix('.gate')!r} has a {kind} that is not finite"
+            return f"layer {_without_noise(layer)!r} has a {kind} that is not finite"
     if not torch.isfinite(x).all():
         return "the input is not finite"
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name.removesuffix(".noise").removesuffix(".gate"))
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
+                found.append(_without_noise(name))
 
         return hook
 
@@ -268,6 +270,11 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
         if not torch.isfinite(site.method.kl(site.noise, site.weight)):
             return f"the KL of layer {site.name!r} is not finite"
     return f"layer {found[0]!r} gives an output that is not finite" if found else "no layer stands out"
+
+
+def _without_noise(name: str) -> str:
+    """The weight or layer that the noise or gate called `name` hangs on; any other name as it is."""
+    return name.removesuffix(".noise").removesuffix(".gate").replace(".noise.", ".")
 
 
 def _accelerator(folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import GATED, NOISY
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, takes_gates
 from vardrop.methods.base import GateMethod, Method
 from vardrop.noise import DependentGate, Gate, Layout, Noise
 from vardrop.sites import SLOTS, folded, noises, sites
 
-PLAIN = {noisy: plain for plain, noisy in NOISY.items()}
 Patterns = str | Sequence[str]
 Choice = Method | tuple[Method, ...]
 
@@ -37,7 +36,8 @@ def convert(
     A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
 
     Args:
-        model: any module built of Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers, among others.
+        model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding and
+            EmbeddingBag layers, among others.
         method: one method; a tuple of two, one on units and one on weights; or a dict from name patterns
             (``"features.*"``) to these, of which the first match wins.
         include: name patterns of the layers to convert; all supported ones by default.
@@ -45,7 +45,8 @@ def convert(
 
     Raises:
         InvalidValueError: a pattern matches nothing, or `method` is not a method.
-        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or is a subclass of one that has.
+        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or no form with a gate, or any is a
+            subclass of one that has, or has an option that the noisy form does not know.
         ConversionError: the model is converted already, nothing in it can be converted, or a layer that is to have
             a gate shares its weight with another, or has the outputs of the net for its units.
 
@@ -83,14 +84,12 @@ def strip(model: nn.Module) -> nn.Module:
     <class 'torch.nn.modules.linear.Linear'>
     """
     for layer in model.modules():
-        plain = PLAIN.get(type(layer))
+        plain = plain_class(type(layer))
         if plain is None:
             continue
-        weight, bias = folded(layer)
         with torch.no_grad():
-            cast(Tensor, layer.weight).copy_(weight)
-            if bias is not None:
-                cast(Tensor, layer.bias).copy_(bias)
+            for parameter, value in folded(layer).items():
+                layer.get_parameter(parameter).copy_(value)
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
@@ -99,21 +98,25 @@ def strip(model: nn.Module) -> nn.Module:
             layer._modules.pop(slot, None)
         layer.__class__ = plain
         if isinstance(gate, DependentGate):
-            gate.remainder(weight).hang_on(layer)
+            gate.remainder(layer.get_parameter("weight")).hang_on(layer)
     _open_fast_paths(model)
     return model
 
 
 def _make_noisy(layer: nn.Module, methods: tuple[Method, ...], shared: dict[tuple[str, Tensor], Noise]) -> None:
-    weight = cast(Tensor, layer.weight)
-    layer.__class__ = NOISY[type(layer)]
+    layer.__class__ = noisy_class(type(layer)) or type(layer)
     for method in methods:
         slot = "gate" if method.on_units else "noise"
-        if (slot, weight) not in shared:
-            noise = method.noise(weight, cast(Layout, layer.layout))
-            noise.method = method
-            shared[slot, weight] = noise.train(layer.training)
-        setattr(layer, slot, shared[slot, weight])
+        made: dict[str, nn.Module] = {}
+        for parameter in noisy_parameters(layer):
+            weight = layer.get_parameter(parameter)
+            if (slot, weight) not in shared:
+                noise = method.noise(weight, cast(Layout, layer.layout))
+                noise.method = method
+                shared[slot, weight] = noise.train(layer.training)
+            made[parameter] = shared[slot, weight]
+        alone = made.keys() == {"weight"}
+        setattr(layer, slot, made["weight"] if alone else nn.ModuleDict(made).train(layer.training))
     if any(type(method).project is not Method.project for method in methods):
         layer.register_forward_pre_hook(_project)
 
@@ -124,7 +127,7 @@ def _project(layer: nn.Module, inputs: Any) -> None:
     Doing it here rather than after the step serves every optimiser, and a second pass before the backward is harmless.
     """
     if layer.training:
-        for noise in noises(layer).values():
+        for _, _, noise in noises(layer):
             noise.method.project(noise)
 
 
@@ -149,7 +152,7 @@ def _choose(
         named = include is not None or matching[0] != "*"
         methods = by_pattern[matching[0]]
         gated = any(method.on_units for method in methods)
-        if noises(layer) or _is_convertible(name, layer, GATED if gated else NOISY.keys(), named=named):
+        if noises(layer) or _is_convertible(name, layer, gated=gated, named=named):
             used.add(matching[0])
             chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
     unused = [pattern for pattern in by_pattern if pattern not in used]
@@ -181,7 +184,7 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if any(type(noise.method) is first for noise in noises(layer).values())
+        if any(type(noise.method) is first for _, _, noise in noises(layer))
     }
     if not found:
         raise ConversionError(
@@ -256,19 +259,26 @@ def _last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_convertible(name: str, layer: nn.Module, supported: Collection[type[nn.Module]], *, named: bool) -> bool:
+def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
-    kind = next((kind for kind in supported if isinstance(layer, kind)), None)
-    if kind is not None and isinstance(layer.weight, UninitializedParameter):
+    kind = next((kind for kind in NOISY if isinstance(layer, kind) and (takes_gates(kind) or not gated)), None)
+    if kind is not None and any(isinstance(getattr(layer, w), UninitializedParameter) for w in noisy_parameters(layer)):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-    if type(layer) in supported:
+    if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
+        check = UNSUPPORTED.get(type(layer))
+        fault = check(layer) if check else None
+        if fault is not None:
+            raise UnsupportedLayerError(
+                f"layer {name!r} is a {type(layer).__name__}: {fault}, or leave it out with exclude={name!r}"
+            )
         return True
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
     if own or (named and next(layer.parameters(), None) is not None):
         what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
+        known = ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
         raise UnsupportedLayerError(
-            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly "
-            f"{', '.join(kind.__name__ for kind in NOISY if kind in supported)}; leave it out with exclude={name!r}"
+            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly {known}; "
+            f"leave it out with exclude={name!r}"
         )
     return False
 
