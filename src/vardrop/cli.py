@@ -62,6 +62,8 @@ def compress(
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty on the net's own parameters")] = 0.0,
+    clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient")] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
@@ -94,6 +96,8 @@ def compress(
         batch_size=batch_size,
         lr=lr,
         gate_lr=gate_lr,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
         decay_from=epochs // 2 if decay_from is None else decay_from,
         warmup_start=epochs // 40 if warmup_start is None else warmup_start,
         warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,

@@ -217,7 +217,7 @@ def _train(
         Batches(fit, schedule.batch_size, seed=schedule.seed),
         schedule,
         folder,
-        num_data=len(fit.y),
+        num_data=fit.y.numel(),
         evaluate=evaluate,
         identity=json.dumps(job.config, sort_keys=True),
         on_step=listeners.on_step,
@@ -237,7 +237,7 @@ def error_and_nll(model: nn.Module, split: Split) -> tuple[float, float]:
         wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
         nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
     model.train(training)
-    return wrong / len(split.y), nll / len(split.y)
+    return wrong / split.y.numel(), nll / split.y.numel()
 
 
 def _figures(model: nn.Module, split: Split) -> dict[str, Any]:

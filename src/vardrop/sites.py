@@ -101,13 +101,16 @@ def folded(layer: nn.Module) -> dict[str, Tensor]:
 def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-2) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: all trainable parameters of `model`, its gates at their own learning rate.
 
+    An optimiser's weight decay acts on the model's own parameters and leaves out those of noise, which pay their KL.
+
     Args:
         model: a converted model, or a plain one, which has no gates.
         lr: learning rate of everything but gates.
         gate_lr: learning rate of gates.
 
     Returns:
-        One or two groups, each ``{"params": [...], "lr": ...}``; every trainable parameter is in one of them once.
+        Up to three groups, each ``{"params": [...], "lr": ...}``, those of noise with ``"weight_decay": 0.0``: the
+        model's own parameters, the noise on weights, the gates. Every trainable parameter is in one of them once.
 
     Raises:
         InvalidValueError: a learning rate is not a finite number, at least 0.
@@ -121,10 +124,14 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
     for name, rate in (("lr", lr), ("gate_lr", gate_lr)):
         if not 0.0 <= rate < math.inf:
             raise InvalidValueError(f"{name}={rate}: must be a finite number, at least 0")
-    gates = {parameter for site in sites(model) if site.counts == "units" for parameter in site.noise.parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter not in gates], "lr": lr},
-        {"params": [parameter for parameter in trainable if parameter in gates], "lr": gate_lr},
+    counted = {parameter: site.counts for site in sites(model) for parameter in site.noise.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"own": [], "weights": [], "units": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members[counted.get(parameter, "own")].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members["own"], "lr": lr},
+        {"params": members["weights"], "lr": lr, "weight_decay": 0.0},
+        {"params": members["units"], "lr": gate_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -169,9 +169,9 @@ def _kl_outside(cut: _Cut) -> Tensor:
     """KL but for ``log width - 1/2``, the peak outside; every large term has been cancelled by hand."""
     x, far = cut.x, cut.x + cut.width
     log_share = _log_share_beyond(cut)
-    excess, excess_far = _excess(torch.stack([x, far]))
+    excess, excess_far = _excess(torch.stack([x, far])).unbind()
     share, kept = torch.exp(log_share), -torch.expm1(log_share)
-    by_ends = share * (cut.width * (x + far) + far * excess_far) - x * excess
+    by_ends: Tensor = share * (cut.width * (x + far) + far * excess_far) - x * excess
     return torch.log((x + excess) / kept) + 0.5 * by_ends / kept
 
 
@@ -210,5 +210,5 @@ def _tail_quantile(u: Tensor, cut: _Cut, in_tail: Tensor) -> Tensor:
         log_mills = _log_mills(fixed_x + below)
         below = below + (log_mills - fixed_start - below * (fixed_x + 0.5 * below)) * torch.exp(log_mills)
     log_mills = _log_mills(x + below)
-    residual = log_mills - _log_mills(x) - below * (x + 0.5 * below) - goal
+    residual: Tensor = log_mills - _log_mills(x) - below * (x + 0.5 * below) - goal
     return below + residual * torch.exp(log_mills.detach())
