@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
-from vardrop.layers import takes_gates
+from vardrop.layers import shows_units, takes_gates
 
 
 def convert(net: nn.Module, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
@@ -64,8 +64,10 @@ class LayerCase:
 
     def takes(self, method: vd.Method | tuple[vd.Method, ...]) -> bool:
         """Whether `method` can be had on this layer: the units of some have no gate."""
-        on_units = any(one.on_units for one in (method if isinstance(method, tuple) else (method,)))
-        return not on_units or takes_gates(type(self.build()))
+        methods, layer = method if isinstance(method, tuple) else (method,), self.build()
+        if any(one.follows for one in methods) and not shows_units(layer):
+            return False
+        return takes_gates(type(layer)) or not any(one.on_units for one in methods)
 
 
 LAYERS = {

@@ -7,6 +7,7 @@ import torch
 from cases import LAYERS, VARIANTS, convert
 
 import vardrop as vd
+from vardrop.layers import shows_units
 from vardrop.noise import DependentGate, Gate
 
 PAIRS = {
@@ -21,6 +22,9 @@ pytestmark = pytest.mark.parametrize(("case", "method"), PAIRS.values(), ids=PAI
 def gated(plain, net, x):
     """The plain net's output with the means of the gates of `net` multiplied in by hand."""
     for gate in (site.noise for site in vd.sites(net) if isinstance(site.noise, Gate)):
+        if not shows_units(plain[0]):
+            plain[0].weight.data *= gate.mean().detach().view((-1, 1) if gate.place == "input" else (1, -1))
+            return plain(x)
         if gate.place == "input":
             return plain(x * factor(gate, x, plain[0]).detach())
         return plain(x) * factor(gate, plain(x), plain[0]).detach()

@@ -60,3 +60,54 @@ def test_what_cannot_be_shrunk_is_refused():
     tied[1].weight = tied[0].weight
     with pytest.raises(GraphError, match="0.weight and 1.weight are one parameter"):
         vd.shrink_vocabulary(tied, "0")
+
+
+def text_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(24, 2))
+
+
+def test_a_gated_word_has_one_draw_wherever_it_stands():
+    net = vd.convert(text_net(), vd.StructuredBP(init_log_sigma=-1.0), include="0")
+    rows = net[0](torch.tensor([[1, 1, 2], [2, 1, 0]]))
+    assert torch.equal(rows[0, 0], rows[1, 1]) and torch.equal(rows[0, 2], rows[1, 0])
+    factor = rows[0, 0] / net[0].weight[1]
+    torch.testing.assert_close(factor, factor[:1].expand(4))
+    assert not torch.equal(net[0](torch.tensor([1])), net[0](torch.tensor([1])))
+    assert (rows[1, 2] == 0).all()
+
+
+@pytest.mark.parametrize("method", [vd.BetaBernoulli(), (vd.StructuredBP(), vd.SparseVD())], ids=["gate", "both"])
+def test_words_whose_gate_is_closed_fall_out_of_the_vocabulary(method, tmp_path):
+    net = vd.convert(text_net(), method, include="0")
+    gate = next(site.noise for site in vd.sites(net) if site.counts == "units")
+    gate.mask = torch.tensor([True, True, False, True, False, False, True, True, False])
+    assert vd.summary(net).rows[0].alive == 5 * 4
+    vd.save(net, tmp_path / "net")
+    net.eval()
+    torch.testing.assert_close(vd.load(tmp_path / "net", text_net).eval()(WORDS), net(WORDS))
+    small = vd.compact(net, WORDS)
+    ids = vd.shrink_vocabulary(small, "0")
+    assert small[0].num_embeddings == 5
+    torch.testing.assert_close(small(ids[WORDS]), net(WORDS))
+
+
+def test_the_data_opens_the_gates_of_its_words_and_the_price_closes_the_others():
+    torch.manual_seed(2)
+    net = vd.convert(text_net(), vd.StructuredBP(init_log_sigma=-3.0), include="0")
+    optimizer = torch.optim.Adam(vd.parameter_groups(net, lr=1e-2, gate_lr=5e-2))
+    elbo = vd.ELBO(num_data=200)
+    words = torch.randint(1, 4, (200, 6))
+    labels = (words[:, 0] == 1).long()
+    for _ in range(300):
+        elbo(net, nn.functional.cross_entropy(net(words), labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    score = net[0].gate.method.score(net[0].gate, net[0].weight)
+    assert score[1] > score[4:].max()
+
+
+def test_a_second_stage_leaves_the_gates_of_words_as_they_are():
+    net = vd.convert(text_net(), vd.BetaBernoulli(place="input"))
+    vd.convert(net, vd.DependentBetaBernoulli())
+    assert [type(site.method) for site in vd.sites(net)] == [vd.BetaBernoulli, vd.DependentBetaBernoulli]

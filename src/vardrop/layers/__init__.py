@@ -41,9 +41,6 @@ NOISY: dict[type[nn.Module], type[nn.Module]] = {
 }
 """From a plain layer's exact type to its noisy class; a class swap in either direction leaves the parameters alone."""
 
-_WHOLE = {nn.RNN, nn.LSTM, nn.GRU, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention}
-"""Those whose noisy class draws whole weights and leaves the rest to the plain layer."""
-
 UNSUPPORTED: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.LSTM: unsupported_recurrence,
     nn.Embedding: unsupported_lookup,
@@ -73,8 +70,10 @@ def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:
 
 
 def takes_gates(kind: type[nn.Module]) -> bool:
-    """Whether the units of plain layers of exactly this `kind` can have a gate.
+    """Whether the units of plain layers of exactly this `kind` can have a gate."""
+    return is_conv1d(kind) or (kind in NOISY and not issubclass(kind, (nn.RNNBase, nn.MultiheadAttention)))
 
-    Those whose noisy class runs its one operation by :func:`vardrop.layers.base.run` can.
-    """
-    return is_conv1d(kind) or (kind in NOISY and kind not in _WHOLE)
+
+def shows_units(layer: nn.Module) -> bool:
+    """Whether the units of a plain or noisy `layer` are numbers in its input, rather than words looked up."""
+    return not isinstance(layer, nn.Embedding | nn.EmbeddingBag)

@@ -10,23 +10,26 @@ import torch
 import torch.nn.functional
 from torch import Tensor, nn
 
-from vardrop.noise import Layout, Noise
+from vardrop.noise import Gate, Layout, noises_of
 
 WORDS_BY_FEATURES = Layout(out_axis=1, in_axis=0)
 
 
 class NoisyEmbedding(nn.Embedding):
-    """``nn.Embedding`` whose weight is a posterior mean; ``noise`` holds the rest. The padding row has no noise."""
+    """``nn.Embedding`` whose weight is a posterior mean; ``noise`` holds the rest. The padding row has no noise.
 
-    noise: Noise
+    A ``gate`` multiplies whole rows (words) or columns, by one draw for the minibatch.
+    """
+
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
         return WORDS_BY_FEATURES
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.noise.sample_weight(self.weight)
-        if self.padding_idx is not None and self.noise.active:
+        weight = _table(self)
+        if self.padding_idx is not None and weight is not self.weight:
             weight = weight.index_fill(0, torch.tensor(self.padding_idx, device=weight.device), 0.0)
         return torch.nn.functional.embedding(
             input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
@@ -34,9 +37,9 @@ class NoisyEmbedding(nn.Embedding):
 
 
 class NoisyEmbeddingBag(nn.EmbeddingBag):
-    """``nn.EmbeddingBag`` whose weight is a posterior mean; ``noise`` holds the rest."""
+    """``nn.EmbeddingBag`` whose weight is a posterior mean; ``noise`` holds the rest, ``gate`` as in an embedding."""
 
-    noise: Noise
+    gate: Gate
 
     @property
     def layout(self) -> Layout:
@@ -45,7 +48,7 @@ class NoisyEmbeddingBag(nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         return torch.nn.functional.embedding_bag(
             input,
-            self.noise.sample_weight(self.weight),
+            _table(self),
             offsets,
             scale_grad_by_freq=self.scale_grad_by_freq,
             mode=self.mode,
@@ -53,6 +56,15 @@ class NoisyEmbeddingBag(nn.EmbeddingBag):
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
+
+
+def _table(layer: nn.Embedding | nn.EmbeddingBag) -> Tensor:
+    """The weight of `layer` for one pass, through its noise and its gate, whichever it has."""
+    weight = layer.weight
+    for noise in noises_of(layer).values():
+        weight = noise.sample_weight(weight)
+    gate = layer._modules.get("gate")
+    return gate.gated_table(weight) if isinstance(gate, Gate) else weight
 
 
 def unsupported_lookup(layer: nn.Embedding | nn.EmbeddingBag) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, takes_gates
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, shows_units, takes_gates
 from vardrop.methods.base import GateMethod, Method
 from vardrop.noise import DependentGate, Gate, Layout, Noise
 from vardrop.sites import SLOTS, folded, noises, sites, tensor_of
@@ -186,7 +186,7 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if any(type(noise.method) is first for _, _, noise in noises(layer))
+        if shows_units(layer) and any(type(noise.method) is first for _, _, noise in noises(layer))
     }
     if not found:
         raise ConversionError(
