@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import vardrop as vd
-from vardrop.errors import UnsupportedLayerError
+from vardrop.errors import ConversionError, UnsupportedLayerError
 
 KINDS = {
     "rnn-tanh": lambda *args, **options: nn.RNN(*args, **options),
@@ -256,9 +256,11 @@ def test_a_subclass_is_refused():
 @pytest.mark.parametrize("method", [vd.BetaBernoulli(), (vd.BetaBernoulli(), vd.ARD())], ids=["gate", "gate-and-noise"])
 def test_gates_leave_recurrent_layers_alone_unless_named_and_then_are_refused(method):
     net = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "head": nn.Linear(4, 2)})
-    with pytest.raises(UnsupportedLayerError, match=r"layer 'lstm' is a LSTM, not supported; supported are exactly"):
+    with pytest.raises(UnsupportedLayerError, match=r"layer 'lstm' is a LSTM, whose units have no gate"):
         vd.convert(net, {"lstm": method})
     assert all(site.name.startswith("head") for site in vd.sites(vd.convert(net, method)))
+    with pytest.raises(ConversionError, match=r"holds no layer of the kinds [^R]*Embedding"):
+        vd.convert(nn.Sequential(nn.LSTM(3, 4)), method)
 
 
 def test_the_fast_path_leaves_recurrent_layers_and_embeddings_as_they_are():

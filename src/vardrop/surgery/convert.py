@@ -161,9 +161,10 @@ def _choose(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
     if not chosen:
+        all_gated = all(any(method.on_units for method in methods) for methods in by_pattern.values())
         raise ConversionError(
             f"nothing to convert in {type(model).__name__}: it holds no layer of the kinds "
-            f"{', '.join(kind.__name__ for kind in NOISY)} outside the excluded ones"
+            f"{_known(all_gated)} outside the excluded ones"
         )
     return chosen
 
@@ -282,12 +283,18 @@ def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) ->
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
     if own or (named and next(layer.parameters(), None) is not None):
         what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
-        known = ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
+        if gated and noisy_class(type(layer)) is not None:
+            what = "whose units have no gate, though its weights can have noise"
+        known = _known(gated)
         raise UnsupportedLayerError(
             f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly {known}; "
             f"leave it out with exclude={name!r}"
         )
     return False
+
+
+def _known(gated: bool) -> str:
+    return ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
 
 
 def _as_patterns(patterns: Patterns | None) -> tuple[str, ...] | None:
