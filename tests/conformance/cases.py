@@ -35,6 +35,21 @@ class SelfAttention(Net):
         return output
 
 
+class Conv1D(nn.Module):
+    """A stand-in for the dense layer of transformers, which is known by its name."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(0.5 * torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 @dataclass(frozen=True)
 class LayerCase:
     """A layer and the shape of an input to it: numbers, or words below `words`."""
@@ -73,6 +88,7 @@ class LayerCase:
 LAYERS = {
     "linear": LayerCase(lambda: nn.Linear(6, 5), (4, 6)),
     "linear-no-bias-3d": LayerCase(lambda: nn.Linear(6, 5, bias=False), (4, 3, 6)),
+    "linear-of-transformers": LayerCase(lambda: Conv1D(5, 6), (4, 3, 6)),
     "conv1d-circular": LayerCase(lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
     "conv1d-replicate": LayerCase(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, padding_mode="replicate"), (3, 4, 9)),
     "conv2d": LayerCase(lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 3, 7, 8)),
