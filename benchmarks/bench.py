@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import vardrop as vd
-from contenders import Contender, Step, layer_step, own, peers, training_step
+from contenders import Contender, LastStep, Step, layer_step, own, peers, training_step
 from vardrop.cli import keep_freed_memory
 from vardrop.zoo import build_net
 
@@ -35,6 +35,7 @@ NETS = {
 }
 UNITS = (256, 512, 1024, 2048, 4096, 8192)
 GATED = "LeNet-5-Caffe step with gates, batch 100, Adam"
+LSTM = "LSTM 1000-1000 step, sequence 100, batch 64, Adam"
 BATCHES = (1, 8, 64, 512, 2048)
 PACKAGES = ("torch", "cplxmodule", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch", "pytorch-ard")
 
@@ -112,6 +113,19 @@ def gated() -> dict[str, Step]:
     for method in (vd.BetaBernoulli(), vd.StructuredBP(), vd.StructuredVBD(), vd.ConcreteDropout()):
         steps[f"vardrop {type(method).__name__}"] = training_step(vd.convert(build(True), method), x, y, fused=True)
     return steps
+
+
+def lstm(units: int = 1000, length: int = 100, batch: int = 64) -> dict[str, Step]:
+    """Training steps of a recurrent net; its noise is one draw of the weights, on which the fast path does not bear."""
+    x, y = torch.randn(batch, length, units), torch.randint(10, (batch,))
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.LSTM(units, units, batch_first=True), LastStep(), nn.Linear(units, 10))
+
+    return {
+        "plain": training_step(build(), x, y, fused=True),
+        "vardrop SparseVD": training_step(vd.convert(build(), vd.SparseVD()), x, y, fused=True),
+    }
 
 
 def memory(units: int = 4096, batch: int = 512) -> dict[str, Any]:
@@ -192,6 +206,7 @@ def main() -> None:
         "Conv2d 64-64 3x3 on 32x32, batch 64": lambda: seconds(convolution(everyone), turns=5),
         **{name: lambda net=net: seconds(nets(*net), turns=5) for name, net in NETS.items()},
         GATED: lambda: seconds(gated(), turns=7),
+        LSTM: lambda: seconds(lstm(), turns=3),
     }
     if only is not None:
         if only not in parts:

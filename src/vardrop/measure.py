@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
-from vardrop.sites import Site, folded, sites
+from vardrop.sites import Site, folded, sites, tensor_of
 
 Inputs = Tensor | tuple[Tensor, ...]
 Candidate = nn.Module | Callable[[], object]
@@ -45,7 +45,7 @@ def count_nonzero(model: nn.Module) -> int:
         plain = {parameter: parameter for parameter in _without_noise(model, model.parameters())}
         for site in sites(model):
             for name, value in folded(site.layer).items():
-                plain[site.layer.get_parameter(name)] = value
+                plain[tensor_of(site.layer, name)] = value
         return sum(int(tensor.count_nonzero()) for tensor in plain.values())
 
 

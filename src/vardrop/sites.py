@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Site(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The noisy weight: the posterior mean."""
-        return cast(Tensor, getattr(self.layer, self.parameter))
+        return tensor_of(self.layer, self.parameter)
 
     @property
     def counts(self) -> Literal["weights", "units"]:
@@ -75,9 +76,17 @@ def sites(model: nn.Module) -> Iterator[Site]:
 def noises(layer: nn.Module) -> list[Held]:
     """The noises that hang on `layer`, and last its gate, as far as it has them; a noise acts before the gate."""
     own = isinstance(layer._modules.get("noise"), nn.ModuleDict)
-    held = [Held(f"noise.{name}" if own else "noise", name, noise) for name, noise in noises_of(layer).items()]
+    held = [
+        Held(f"noise.{name.removesuffix('.weight')}" if own else "noise", name, noise)
+        for name, noise in noises_of(layer).items()
+    ]
     gate = layer._modules.get("gate")
     return [*held, Held("gate", "weight", gate)] if isinstance(gate, Gate) else held
+
+
+def tensor_of(layer: nn.Module, parameter: str) -> Tensor:
+    """The weight or bias of `layer` called so, or with a dot in its name that of a child."""
+    return cast(Tensor, attrgetter(parameter)(layer))
 
 
 def folded(layer: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +94,7 @@ def folded(layer: nn.Module) -> dict[str, Tensor]:
     bias = cast(Tensor | None, getattr(layer, "bias", None)) if "gate" in layer._modules else None
     found: dict[str, Tensor] = {}
     for _, parameter, noise in noises(layer):
-        found[parameter], bias = noise.folded(found.get(parameter, layer.get_parameter(parameter)), bias)
+        found[parameter], bias = noise.folded(found.get(parameter, tensor_of(layer, parameter)), bias)
     return found if bias is None else {**found, "bias": bias}
 
 

@@ -27,6 +27,14 @@ class Net(nn.Sequential):
     """Of a plain Sequential the last layer's outputs are known to be the net's; of this one they are not."""
 
 
+class SelfAttention(Net):
+    """Attention of one tensor to itself, without the weights it gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self[0](x, x, x)[0]
+        return output
+
+
 @dataclass(frozen=True)
 class LayerCase:
     """A layer and the shape of an input to it: numbers, or words below `words`."""
@@ -37,6 +45,8 @@ class LayerCase:
 
     def net(self) -> nn.Sequential:
         layer = self.build()
+        if isinstance(layer, nn.MultiheadAttention):
+            return SelfAttention(layer)
         return Net(layer, First()) if isinstance(layer, nn.RNNBase) else Net(layer)
 
     def converted(self, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
@@ -50,7 +60,7 @@ class LayerCase:
 
     @property
     def linear_in_the_weight(self) -> bool:
-        return not isinstance(self.build(), nn.RNNBase)
+        return not isinstance(self.build(), nn.RNNBase | nn.MultiheadAttention)
 
     def takes(self, method: vd.Method | tuple[vd.Method, ...]) -> bool:
         """Whether `method` can be had on this layer: the units of some have no gate."""
@@ -76,6 +86,7 @@ LAYERS = {
     "rnn": LayerCase(lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), (5, 2, 3)),
     "lstm": LayerCase(lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True), (5, 2, 3)),
     "gru": LayerCase(lambda: nn.GRU(3, 4, batch_first=True), (2, 5, 3)),
+    "attention": LayerCase(lambda: nn.MultiheadAttention(6, 2, batch_first=True), (3, 4, 6)),
     "embedding": LayerCase(lambda: nn.Embedding(7, 4, padding_idx=2), (3, 5), words=7),
     "embedding-bag": LayerCase(lambda: nn.EmbeddingBag(7, 4, mode="sum"), (3, 5), words=7),
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from vardrop.layers.attention import NoisyMultiheadAttention as NoisyMultiheadAttention
 from vardrop.layers.conv import NoisyConv1d as NoisyConv1d
 from vardrop.layers.conv import NoisyConv2d as NoisyConv2d
 from vardrop.layers.conv import NoisyConv3d as NoisyConv3d
@@ -36,8 +37,12 @@ NOISY: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRU: NoisyGRU,
     nn.Embedding: NoisyEmbedding,
     nn.EmbeddingBag: NoisyEmbeddingBag,
+    nn.MultiheadAttention: NoisyMultiheadAttention,
 }
 """From a plain layer's exact type to its noisy class; a class swap in either direction leaves the parameters alone."""
+
+_WHOLE = {nn.RNN, nn.LSTM, nn.GRU, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention}
+"""Those whose noisy class draws whole weights and leaves the rest to the plain layer."""
 
 UNSUPPORTED: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.LSTM: unsupported_recurrence,
@@ -61,6 +66,9 @@ def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:
     """The names of the parameters of a plain or noisy `layer` that carry noise."""
     if isinstance(layer, nn.RNNBase):
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
+    if isinstance(layer, nn.MultiheadAttention):
+        own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return (*(name for name in own if layer._parameters[name] is not None), "out_proj.weight")
     return ("weight",)
 
 
@@ -69,4 +77,4 @@ def takes_gates(kind: type[nn.Module]) -> bool:
 
     Those whose noisy class runs its one operation by :func:`vardrop.layers.base.run` can.
     """
-    return is_conv1d(kind) or (kind in NOISY and not issubclass(kind, (nn.RNNBase, nn.Embedding, nn.EmbeddingBag)))
+    return is_conv1d(kind) or (kind in NOISY and kind not in _WHOLE)

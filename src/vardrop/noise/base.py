@@ -90,7 +90,12 @@ class Noise(nn.Module):
 
 
 def noises_of(layer: nn.Module) -> dict[str, Noise]:
-    """The noises that hang on `layer` by the name of the parameter they act on; none on a plain layer."""
+    """The noises that hang on `layer` by the name of the parameter they act on; none on a plain layer.
+
+    That on the weight of a child is held under the name of the child.
+    """
     held = layer._modules.get("noise")
-    named = dict(held.items()) if isinstance(held, nn.ModuleDict) else {"weight": held}
+    named = {"weight": held}
+    if isinstance(held, nn.ModuleDict):
+        named = {f"{key}.weight" if key in layer._modules else key: noise for key, noise in held.items()}
     return {name: noise for name, noise in named.items() if isinstance(noise, Noise)}

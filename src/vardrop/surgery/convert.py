@@ -15,7 +15,7 @@ from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerE
 from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, takes_gates
 from vardrop.methods.base import GateMethod, Method
 from vardrop.noise import DependentGate, Gate, Layout, Noise
-from vardrop.sites import SLOTS, folded, noises, sites
+from vardrop.sites import SLOTS, folded, noises, sites, tensor_of
 
 Patterns = str | Sequence[str]
 Choice = Method | tuple[Method, ...]
@@ -36,8 +36,8 @@ def convert(
     A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
 
     Args:
-        model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding and
-            EmbeddingBag layers, among others.
+        model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding,
+            EmbeddingBag and MultiheadAttention layers, among others.
         method: one method; a tuple of two, one on units and one on weights; or a dict from name patterns
             (``"features.*"``) to these, of which the first match wins.
         include: name patterns of the layers to convert; all supported ones by default.
@@ -89,7 +89,7 @@ def strip(model: nn.Module) -> nn.Module:
             continue
         with torch.no_grad():
             for parameter, value in folded(layer).items():
-                layer.get_parameter(parameter).copy_(value)
+                tensor_of(layer, parameter).copy_(value)
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
@@ -98,7 +98,7 @@ def strip(model: nn.Module) -> nn.Module:
             layer._modules.pop(slot, None)
         layer.__class__ = plain
         if isinstance(gate, DependentGate):
-            gate.remainder(layer.get_parameter("weight")).hang_on(layer)
+            gate.remainder(tensor_of(layer, "weight")).hang_on(layer)
     _open_fast_paths(model)
     return model
 
@@ -109,12 +109,12 @@ def _make_noisy(layer: nn.Module, methods: tuple[Method, ...], shared: dict[tupl
         slot = "gate" if method.on_units else "noise"
         made: dict[str, nn.Module] = {}
         for parameter in noisy_parameters(layer):
-            weight = layer.get_parameter(parameter)
+            weight = tensor_of(layer, parameter)
             if (slot, weight) not in shared:
                 noise = method.noise(weight, cast(Layout, layer.layout))
                 noise.method = method
                 shared[slot, weight] = noise.train(layer.training)
-            made[parameter] = shared[slot, weight]
+            made[parameter.removesuffix(".weight")] = shared[slot, weight]
         alone = made.keys() == {"weight"}
         setattr(layer, slot, made["weight"] if alone else nn.ModuleDict(made).train(layer.training))
     if any(type(method).project is not Method.project for method in methods):
@@ -173,11 +173,13 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
     methods = [method for given in by_pattern.values() for method in given]
     second = next((method for method in methods if method.follows), None)
     if second is None or second.follows is None:
+        attentions = [layer for layer in model.modules() if isinstance(layer, nn.MultiheadAttention)]
+        inner = {child for layer in attentions for child in layer.children()}
         if next(sites(model), None) is not None:
             raise ConversionError(
                 "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
             )
-        return {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+        return {name: layer for name, layer in model.named_modules() if _is_one_layer(layer) and layer not in inner}
     own, first = type(second).__name__, second.follows
     if any(type(method) is not type(second) for method in methods):
         raise InvalidValueError(f"{own} is a second stage and is given alone, without methods of the first")
@@ -192,6 +194,10 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
             f"vardrop.convert(model, vardrop.{first.__name__}()) and train it first"
         )
     return found
+
+
+def _is_one_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
 
 
 def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
@@ -262,7 +268,8 @@ def _last(model: nn.Module) -> nn.Module:
 def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
     kind = next((kind for kind in NOISY if isinstance(layer, kind) and (takes_gates(kind) or not gated)), None)
-    if kind is not None and any(isinstance(getattr(layer, w), UninitializedParameter) for w in noisy_parameters(layer)):
+    weights = [tensor_of(layer, parameter) for parameter in noisy_parameters(layer)] if kind is not None else []
+    if any(isinstance(weight, UninitializedParameter) for weight in weights):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
     if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
         check = UNSUPPORTED.get(type(layer))
@@ -305,19 +312,29 @@ def _some(layers: Mapping[str, nn.Module]) -> str:
 def _close_fast_paths(model: nn.Module) -> None:
     """A torch encoder layer in eval mode may compute from its weights directly and never call its noisy sublayers.
 
-    Where a sublayer has a forward hook, it calls them.
+    Where a sublayer has a forward hook, it calls them. Around it, a torch encoder packs a padded batch into a nested
+    tensor, which only that direct computation understands.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and next(sites(module), None) is not None:
             module.linear1.register_forward_hook(_call_me)
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and next(sites(module), None):
+            module.use_nested_tensor = False
+            module.register_forward_hook(_stay_padded)
 
 
 def _open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if hook is _call_me:
+            if hook in (_call_me, _stay_padded):
                 del module._forward_hooks[key]
+            if hook is _stay_padded:
+                cast(nn.TransformerEncoder, module).use_nested_tensor = True
 
 
 def _call_me(layer: nn.Module, inputs: Any, output: Any) -> None:
     """Changes nothing; being there is enough."""
+
+
+def _stay_padded(encoder: nn.Module, inputs: Any, output: Any) -> None:
+    """Changes nothing; it marks an encoder that would pack padded batches."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from vardrop.surgery.attention_rules import attention
 from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     NORMS,
@@ -264,7 +265,7 @@ SPATIAL = """
 """
 BARRIERS = """
     layer_norm group_norm rms_norm softmax log_softmax matmul bmm mm mv dot baddbmm addbmm einsum
-    bilinear scaled_dot_product_attention stack unbind topk sort argsort argmax
+    bilinear stack unbind topk sort argsort argmax
     argmin max min median prod cumsum cumprod norm linalg_vector_norm linalg_norm logsumexp var std var_mean
     std_mean all any index gather scatter take_along_dim masked_select roll flip pixel_shuffle
     pixel_unshuffle channel_shuffle cosine_similarity pairwise_distance cdist cross_entropy_loss nll_loss
@@ -298,6 +299,7 @@ RULES: Mapping[str, Rule] = _table(
         concatenate: "cat concat concatenate",
         recurrent: "lstm gru rnn_tanh rnn_relu",
         embedding: "embedding",
+        attention: "scaled_dot_product_attention",
         barrier: BARRIERS,
     }
 )
