@@ -78,6 +78,10 @@ def compress(
         Path | None,
         typer.Option(help="Start from stored weights: a safetensors file, or a folder that vardrop.save wrote"),
     ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Layers to convert, such as 'features.*'; may be repeated; default: all")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave plain; may be repeated")] = None,
     validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
     on_empty: Annotated[
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
@@ -113,6 +117,8 @@ def compress(
         pretrain=pretrain,
         pretrained=pretrained,
         data_root=data_root,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
         on_empty=on_empty,
         fast=fast,
     )

@@ -54,6 +54,8 @@ class Job:
         pretrain: epochs of plain training before the conversion.
         pretrained: weights to start from: a safetensors file, or a folder written by :func:`vardrop.save`.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
+        include: name patterns of the layers to convert; empty for all that can be.
+        exclude: name patterns of the layers to leave plain.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
         fast: train on the fast path, compiled where the run has steps enough to pay for it.
     """
@@ -66,6 +68,8 @@ class Job:
     pretrain: int = 0
     pretrained: Path | None = None
     data_root: Path | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
     fast: bool = True
 
@@ -85,6 +89,8 @@ class Job:
             "pretrain": self.pretrain,
             "fast": self.fast,
             "pretrained": None if self.pretrained is None else str(self.pretrained),
+            "include": self.include,
+            "exclude": self.exclude,
         }
 
 
@@ -128,7 +134,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
     plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
     original = _describe(net, data, folder / ORIGINAL) if plain_start else None
-    convert(net, job.method)
+    convert(net, job.method, include=job.include or None, exclude=job.exclude or None)
     compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
