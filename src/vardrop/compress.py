@@ -20,7 +20,7 @@ from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
 from vardrop.io import load_weights, save, size_on_disk
-from vardrop.measure import count_nonzero, count_parameters
+from vardrop.measure import count_nonzero, count_parameters, flops
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
@@ -139,7 +139,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
     facts = {"commit": code, "original": original, "compile_seconds": compiling}
-    return _finish(job, folder, net, data, history, facts)
+    return _finish(job, folder, net, data, valid, history, facts)
 
 
 def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
@@ -156,17 +156,20 @@ def _finish(
     folder: Path,
     net: nn.Module,
     data: Data,
+    valid: Split | None,
     history: list[Epoch],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
     counted = prune(net, on_empty=job.on_empty)
-    pruned = {**_figures(net, data.test), **_counts(counted)}
+    valid_error = None if valid is None else error_and_nll(net, valid)[0]
+    pruned = {**_figures(net, data.test), "valid_error": valid_error, **_counts(counted)}
     small = compact(net, data.test.x[:2])
     save(net, folder / NOISY, overwrite=True)
     compacted = {
         **_describe(small, data, folder / SMALL, sparse=True),
+        "flops": flops(small, data.test.x[:1]),
         "largest_difference": _largest_difference(net, small, data.test.x),
         "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
     }
