@@ -73,9 +73,9 @@ def compress(
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
     ] = None,
     warmup_start: Annotated[
-        int | None, typer.Option(help="Last epoch without KL; default: a fortieth of the run")
+        int | None, typer.Option(help="Last epoch without KL; default: a fifth of the run")
     ] = None,
-    warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: four fifths of the run")] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
     pretrained: PretrainedOption = None,
@@ -104,8 +104,8 @@ def compress(
         weight_decay=weight_decay,
         clip_norm=clip_norm,
         decay_from=epochs // 2 if decay_from is None else decay_from,
-        warmup_start=epochs // 40 if warmup_start is None else warmup_start,
-        warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
+        warmup_start=epochs // 5 if warmup_start is None else warmup_start,
+        warmup_epochs=4 * epochs // 5 if warmup_epochs is None else warmup_epochs,
         kl_factor=kl_factor,
         seed=seed,
     )
@@ -168,8 +168,8 @@ def sweep(
         epochs=epochs,
         batch_size=batch_size,
         decay_from=epochs // 2,
-        warmup_start=epochs // 40,
-        warmup_epochs=epochs // 10,
+        warmup_start=epochs // 5,
+        warmup_epochs=4 * epochs // 5,
         seed=seed,
     )
     job = Job(
