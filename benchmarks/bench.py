@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import vardrop as vd
-from contenders import Contender, Step, layer_step, own, peers, training_step
+from contenders import Contender, LastStep, Step, layer_step, own, peers, training_step
 from vardrop.cli import keep_freed_memory
 from vardrop.zoo import build_net
 
@@ -34,6 +34,8 @@ NETS = {
     "VGG-like step, batch 100, Adam": ("vgg-like", (3, 32, 32)),
 }
 UNITS = (256, 512, 1024, 2048, 4096, 8192)
+GATED = "LeNet-5-Caffe step with gates, batch 100, Adam"
+LSTM = "LSTM 1000-1000 step, sequence 100, batch 64, Adam"
 BATCHES = (1, 8, 64, 512, 2048)
 PACKAGES = ("torch", "cplxmodule", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch", "pytorch-ard")
 
@@ -93,6 +95,36 @@ def nets(name: str, shape: tuple[int, ...]) -> dict[str, Step]:
         "vardrop SparseVD, reference": training_step(noisy(vd.SparseVD(), quick=False), x, y, fused=False),
         "vardrop SparseVD, fast": training_step(noisy(vd.SparseVD(), quick=True), x, y, fused=True),
         "vardrop ARD, fast": training_step(noisy(vd.ARD(), quick=True), x, y, fused=True),
+    }
+
+
+def gated() -> dict[str, Step]:
+    """Training steps with noise on units; ours as the command line trains: channels last, fused Adam."""
+    x, y = torch.randn(100, 1, 28, 28), torch.randint(10, (100,))
+
+    def build(last: bool) -> nn.Module:
+        net = build_net("lenet-5", input_shape=(1, 28, 28), num_classes=10)
+        return net.to(memory_format=torch.channels_last) if last else net
+
+    steps = {
+        "plain": training_step(build(False), x, y, fused=False),
+        "plain, channels last, fused Adam": training_step(build(True), x, y, fused=True),
+    }
+    for method in (vd.BetaBernoulli(), vd.StructuredBP(), vd.StructuredVBD(), vd.ConcreteDropout()):
+        steps[f"vardrop {type(method).__name__}"] = training_step(vd.convert(build(True), method), x, y, fused=True)
+    return steps
+
+
+def lstm(units: int = 1000, length: int = 100, batch: int = 64) -> dict[str, Step]:
+    """Training steps of a recurrent net; its noise is one draw of the weights, on which the fast path does not bear."""
+    x, y = torch.randn(batch, length, units), torch.randint(10, (batch,))
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.LSTM(units, units, batch_first=True), LastStep(), nn.Linear(units, 10))
+
+    return {
+        "plain": training_step(build(), x, y, fused=True),
+        "vardrop SparseVD": training_step(vd.convert(build(), vd.SparseVD()), x, y, fused=True),
     }
 
 
@@ -163,7 +195,8 @@ def _version(package: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
-    out = parser.parse_args().out
+    parser.add_argument("--only", help="a step by its name: measure this one anew, and keep the rest of the file")
+    out, only = (options := parser.parse_args()).out, options.only
     keep_freed_memory()
     torch.manual_seed(0)
     everyone, ours = [*own(), *peers()], own()
@@ -172,7 +205,17 @@ def main() -> None:
         **{name: lambda sizes=sizes: seconds(dense(*sizes, everyone), turns=5) for name, sizes in LARGE.items()},
         "Conv2d 64-64 3x3 on 32x32, batch 64": lambda: seconds(convolution(everyone), turns=5),
         **{name: lambda net=net: seconds(nets(*net), turns=5) for name, net in NETS.items()},
+        GATED: lambda: seconds(gated(), turns=7),
+        LSTM: lambda: seconds(lstm(), turns=3),
     }
+    if only is not None:
+        if only not in parts:
+            parser.error(f"--only {only!r}: must be one of {', '.join(map(repr, parts))}")
+        found = json.loads(out.read_text())
+        found["steps"][only] = parts[only]()
+        show(only, found["steps"][only])
+        out.write_text(json.dumps(found, indent=1))
+        return
     found: dict[str, Any] = {"machine": machine(), "steps": {}, "growth": {"units": {}, "batch": {}}}
     for name, part in parts.items():
         found["steps"][name] = part()

@@ -25,6 +25,13 @@ class Contender:
     price: Callable[[nn.Module], Tensor] | None
 
 
+class LastStep(nn.Module):
+    """The output of a batch-first recurrent layer at its last time step."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0][:, -1]
+
+
 def own() -> list[Contender]:
     """Plain first: all ratios are to it."""
     return [

@@ -18,6 +18,8 @@ GOALS = {
     "Conv2d 64-64 3x3 on 32x32, batch 64": (2.0, 1.6),
     "LeNet-5-Caffe step, batch 100, Adam": (1.8, 1.5),
     "VGG-like step, batch 100, Adam": (1.8, 1.5),
+    "LeNet-5-Caffe step with gates, batch 100, Adam": (1.25, 1.0),
+    "LSTM 1000-1000 step, sequence 100, batch 64, Adam": (1.5, 1.2),
 }
 
 

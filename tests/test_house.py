@@ -20,7 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     {"cli"},
     {"demo"},
-    {"evaluate"},
+    {"evaluate", "sweep"},
     {"compress"},
     {"train", "zoo", "report"},
     {"fast"},
@@ -48,6 +48,7 @@ HEAVY = (
     "rich",
     "PIL",
     "tensorboard",
+    "optuna",
 )
 
 

@@ -39,6 +39,15 @@ M_MMAP_THRESHOLD = -3
 NetArgument = Annotated[
     str, typer.Argument(help="A network by name (see `vardrop methods`), or your own: file.py:function")
 ]
+DataOption = Annotated[str, typer.Option(help="digits, a Hub data set such as ylecun/mnist, or file.py:function")]
+MethodOption = Annotated[str, typer.Option(help="A method by name (see `vardrop methods`)")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A field of the method, such as threshold=2.5; may be repeated")
+]
+PretrainedOption = Annotated[
+    Path | None,
+    typer.Option(help="Start from stored weights: a safetensors file, or a folder that vardrop.save wrote"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A folder that `vardrop compress` wrote")]
 DataRoot = Annotated[
     Path | None,
@@ -50,33 +59,31 @@ DataRoot = Annotated[
 def compress(
     net: NetArgument,
     out: Annotated[Path, typer.Option(help="Folder for everything this run writes; a broken-off run goes on")],
-    data: Annotated[
-        str, typer.Option(help="digits, a Hub data set such as ylecun/mnist, or file.py:function")
-    ] = "digits",
-    method: Annotated[str, typer.Option(help="A method by name (see `vardrop methods`)")] = "sparse-vd",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A field of the method, such as threshold=2.5; may be repeated"),
-    ] = None,
+    data: DataOption = "digits",
+    method: MethodOption = "sparse-vd",
+    set_: SetOption = None,
     data_root: DataRoot = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty on the net's own parameters")] = 0.0,
+    clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient")] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
     ] = None,
-    warmup_start: Annotated[
-        int | None, typer.Option(help="Last epoch without KL; default: a fortieth of the run")
+    warmup_start: Annotated[int | None, typer.Option(help="Last epoch without KL; default: a fifth of the run")] = None,
+    warmup_epochs: Annotated[
+        int | None, typer.Option(help="Epoch of the full KL; default: four fifths of the run")
     ] = None,
-    warmup_epochs: Annotated[int | None, typer.Option(help="Epoch of the full KL; default: a tenth of the run")] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
-    pretrained: Annotated[
-        Path | None,
-        typer.Option(help="Start from stored weights: a safetensors file, or a folder that vardrop.save wrote"),
+    pretrained: PretrainedOption = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Layers to convert, such as 'features.*'; may be repeated; default: all")
     ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave plain; may be repeated")] = None,
     validation: Annotated[int, typer.Option(help="Training examples set apart, to choose options by")] = 0,
     on_empty: Annotated[
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
@@ -95,9 +102,11 @@ def compress(
         batch_size=batch_size,
         lr=lr,
         gate_lr=gate_lr,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
         decay_from=epochs // 2 if decay_from is None else decay_from,
-        warmup_start=epochs // 40 if warmup_start is None else warmup_start,
-        warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
+        warmup_start=epochs // 5 if warmup_start is None else warmup_start,
+        warmup_epochs=4 * epochs // 5 if warmup_epochs is None else warmup_epochs,
         kl_factor=kl_factor,
         seed=seed,
     )
@@ -110,6 +119,8 @@ def compress(
         pretrain=pretrain,
         pretrained=pretrained,
         data_root=data_root,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
         on_empty=on_empty,
         fast=fast,
     )
@@ -119,6 +130,74 @@ def compress(
     if result["pruned"]["units"]:
         console.print(f"units {result['pruned']['units']}")
     console.print(f"everything is in {out}; next: vardrop report {out}")
+
+
+@app.command()
+def sweep(
+    net: NetArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the study, its runs, and the picture of its front")],
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="What to vary: field=low:high, field=low:high:log or field=one,two; may be repeated"),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Finished trials the study is to have")] = 20,
+    against: Annotated[
+        Literal["compression", "flops"], typer.Option(help="The measure of size beside the validation error")
+    ] = "compression",
+    storage: Annotated[
+        str | None, typer.Option(help="Where Optuna keeps the study, a URL; default: an SQLite file in --out")
+    ] = None,
+    data: DataOption = "digits",
+    method: MethodOption = "sparse-vd",
+    set_: SetOption = None,
+    data_root: DataRoot = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data in each trial")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
+    pretrained: PretrainedOption = None,
+    validation: Annotated[int, typer.Option(help="Training examples set apart, by which trials are judged")] = 300,
+    seed: Annotated[int, typer.Option(help="Of the search and of each run")] = 0,
+) -> None:
+    """Search the hyper-parameters of a method for the front of error against size; start it again to go on.
+
+    Example: vardrop sweep lenet-300-100 --method ard --search init_log_std=-8:-2 --search threshold=1e-3:1e-1:log
+    --out sweeps/a
+    """
+    from vardrop.sweep import parse_search
+    from vardrop.sweep import sweep as run
+
+    schedule = Schedule(
+        epochs=epochs,
+        batch_size=batch_size,
+        decay_from=epochs // 2,
+        warmup_start=epochs // 5,
+        warmup_epochs=4 * epochs // 5,
+        seed=seed,
+    )
+    job = Job(
+        net=net,
+        data=data,
+        method=make_method(method, set_ or []),
+        schedule=schedule,
+        validation=validation,
+        pretrained=pretrained,
+        data_root=data_root,
+    )
+    table = Table("run", "validation error %", against, "values", title="The front")
+    with _progress() as progress:
+        front = run(
+            job,
+            parse_search(search or [], job),
+            out,
+            trials=trials,
+            against=against,
+            storage=storage,
+            listeners=_listeners(progress),
+        )
+    for point in front:
+        values = ", ".join(f"{name}={_short(value)}" for name, value in point.values.items())
+        table.add_row(point.run, f"{100 * point.error:.2f}", f"{point.size:,.1f}", values)
+    console.print(table)
+    console.print(f"picture: {out / 'front.png'}")
 
 
 @app.command()
@@ -318,6 +397,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _count(value: int | None) -> str:

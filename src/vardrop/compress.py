@@ -20,7 +20,7 @@ from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
 from vardrop.io import load_weights, save, size_on_disk
-from vardrop.measure import count_nonzero, count_parameters
+from vardrop.measure import count_nonzero, count_parameters, flops
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
@@ -54,6 +54,8 @@ class Job:
         pretrain: epochs of plain training before the conversion.
         pretrained: weights to start from: a safetensors file, or a folder written by :func:`vardrop.save`.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
+        include: name patterns of the layers to convert; empty for all that can be.
+        exclude: name patterns of the layers to leave plain.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
         fast: train on the fast path, compiled where the run has steps enough to pay for it.
     """
@@ -66,6 +68,8 @@ class Job:
     pretrain: int = 0
     pretrained: Path | None = None
     data_root: Path | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
     fast: bool = True
 
@@ -85,6 +89,8 @@ class Job:
             "pretrain": self.pretrain,
             "fast": self.fast,
             "pretrained": None if self.pretrained is None else str(self.pretrained),
+            "include": self.include,
+            "exclude": self.exclude,
         }
 
 
@@ -128,12 +134,12 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
     plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
     original = _describe(net, data, folder / ORIGINAL) if plain_start else None
-    convert(net, job.method)
+    convert(net, job.method, include=job.include or None, exclude=job.exclude or None)
     compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
     facts = {"commit": code, "original": original, "compile_seconds": compiling}
-    return _finish(job, folder, net, data, history, facts)
+    return _finish(job, folder, net, data, valid, history, facts)
 
 
 def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
@@ -150,17 +156,20 @@ def _finish(
     folder: Path,
     net: nn.Module,
     data: Data,
+    valid: Split | None,
     history: list[Epoch],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
     counted = prune(net, on_empty=job.on_empty)
-    pruned = {**_figures(net, data.test), **_counts(counted)}
+    valid_error = None if valid is None else error_and_nll(net, valid)[0]
+    pruned = {**_figures(net, data.test), "valid_error": valid_error, **_counts(counted)}
     small = compact(net, data.test.x[:2])
     save(net, folder / NOISY, overwrite=True)
     compacted = {
         **_describe(small, data, folder / SMALL, sparse=True),
+        "flops": flops(small, data.test.x[:1]),
         "largest_difference": _largest_difference(net, small, data.test.x),
         "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
     }
@@ -217,7 +226,7 @@ def _train(
         Batches(fit, schedule.batch_size, seed=schedule.seed),
         schedule,
         folder,
-        num_data=len(fit.y),
+        num_data=fit.y.numel(),
         evaluate=evaluate,
         identity=json.dumps(job.config, sort_keys=True),
         on_step=listeners.on_step,
@@ -237,7 +246,7 @@ def error_and_nll(model: nn.Module, split: Split) -> tuple[float, float]:
         wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
         nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
     model.train(training)
-    return wrong / len(split.y), nll / len(split.y)
+    return wrong / split.y.numel(), nll / split.y.numel()
 
 
 def _figures(model: nn.Module, split: Split) -> dict[str, Any]:
@@ -282,7 +291,7 @@ def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
             counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
             histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
     replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
-    first = folded(found[0].layer)[0].detach().cpu().contiguous()
+    first = folded(found[0].layer)[found[0].parameter].detach().cpu().contiguous()
     shape = {"input_shape": json.dumps(list(data.input_shape))}
     replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
 

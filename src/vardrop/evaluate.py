@@ -66,7 +66,7 @@ def _ensemble(model: nn.Module, split: Split, samples: int) -> dict[str, float]:
         probabilities = predict(model, x, samples=samples)
         wrong += float((probabilities.argmax(dim=1) != y).sum())
         nll += float(F.nll_loss(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), y, reduction="sum"))
-    return {"error": wrong / len(split.y), "nll": nll / len(split.y)}
+    return {"error": wrong / split.y.numel(), "nll": nll / split.y.numel()}
 
 
 def _data(folder: Path, data_root: Path | None) -> Data:

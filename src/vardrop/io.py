@@ -25,26 +25,22 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.baselines import baselines
 from vardrop.errors import InvalidValueError, StorageError
+from vardrop.layers import is_conv1d
 from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
 from vardrop.sites import SLOTS, noises
 from vardrop.surgery.convert import attach
-from vardrop.surgery.reading import LAYERS, NORMS
+from vardrop.surgery.reading import LAYERS, NORMS, RECURRENT
 
 FORMAT = 1
 TENSORS = "model.safetensors"
 RECORD = "vardrop.json"
 CSR = "::csr."
-DIMENSIONS = (
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "groups",
-    "num_features",
-    "num_parameters",
-)
-RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, nn.PReLU)
+DIMENSIONS = """
+    in_features out_features in_channels out_channels groups num_features num_parameters input_size hidden_size
+    num_embeddings embedding_dim padding_idx nx nf
+"""
+RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU)
 HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 LISTED = 8
 
@@ -82,7 +78,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
         "vardrop": _version(),
         "torch": torch.__version__,
         "aliases": aliases,
-        "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if isinstance(layer, RESIZABLE)},
+        "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if _resizable(layer)},
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "methods": {name: _entry(used) for name, used in noisy.items()},
         "gates": {
@@ -189,8 +185,10 @@ def size_on_disk(folder: str | Path) -> int:
 
 
 def _methods(model: nn.Module) -> dict[str, tuple[Method, ...]]:
-    """The methods of every noisy layer, also where two layers share one noise."""
-    found = {name: tuple(noise.method for noise in noises(layer).values()) for name, layer in model.named_modules()}
+    """The methods of every noisy layer, each once, also where two layers share one noise."""
+    found = {
+        name: tuple(dict.fromkeys(held.noise.method for held in noises(layer))) for name, layer in model.named_modules()
+    }
     return {name: used for name, used in found.items() if used}
 
 
@@ -223,14 +221,18 @@ def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
 def _dimensions(layer: nn.Module) -> dict[str, Any]:
     return {
         "type": _kind(layer),
-        **{name: getattr(layer, name) for name in DIMENSIONS if hasattr(layer, name)},
+        **{name: getattr(layer, name) for name in DIMENSIONS.split() if hasattr(layer, name)},
         "bias": getattr(layer, "bias", None) is not None,
     }
 
 
 def _kind(layer: nn.Module) -> str:
-    """The torch class that `layer` is, or descends from."""
-    return next((kind.__name__ for kind in RESIZABLE if isinstance(layer, kind)), type(layer).__name__)
+    """The resizable class that `layer` is, or descends from."""
+    return (_resizable(layer) or type(layer)).__name__
+
+
+def _resizable(layer: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in type(layer).__mro__ if kind in RESIZABLE or is_conv1d(kind)), None)
 
 
 def _version() -> str | None:
@@ -429,7 +431,7 @@ def _is_cut(stored: tuple[int, ...], built: tuple[int, ...], owner: nn.Module) -
         return True
     if len(stored) != len(built) or any(small > large for small, large in zip(stored, built, strict=True)):
         return False
-    if isinstance(owner, RESIZABLE):
+    if _resizable(owner):
         return stored[2:] == built[2:]
     return {base for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.modules.")} <= HOLDERS
 
@@ -439,7 +441,7 @@ def _resize(model: nn.Module, layers: dict[str, Any], state: dict[str, Tensor]) 
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         module = modules[name]
-        for key in DIMENSIONS:
+        for key in DIMENSIONS.split():
             if key in layer and getattr(module, key) != layer[key]:
                 setattr(module, key, layer[key])
         bias = state.get(f"{name}.bias" if name else "bias")
@@ -467,11 +469,11 @@ def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Names and shapes of the built, cut and converted `model` against the stored ones, before values are set."""
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, layer in model.named_modules():
-        for slot, noise in noises(layer).items():
+    for name, layer in model.named_modules(remove_duplicate=False):
+        for slot, parameter, noise in noises(layer):
             mask = f"{name}.{slot}.mask".lstrip(".")
             if mask in state:
-                built[mask] = tuple(noise.mask_shape(layer.get_parameter("weight")))
+                built[mask] = tuple(noise.mask_shape(layer.get_parameter(parameter)))
     _refuse_other(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, built)
 
 

@@ -69,6 +69,11 @@ def weight_sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One draw of the output with one draw of the weights for the whole minibatch: the exact law of the model."""
+    return operation(x, draw_weight(mean, variance, generator=generator), bias)
+
+
+def draw_weight(mean: Tensor, variance: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """One draw of independent weights ``w ~ N(mean, variance)``, in the dtype of `mean`."""
     std = (at_least_float32(variance) + VARIANCE_FLOOR).sqrt()
     draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, generator=generator)
-    return operation(x, (mean + std * draw).to(mean.dtype), bias)
+    return (mean + std * draw).to(mean.dtype)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
-from vardrop.sites import Site, folded, sites
+from vardrop.sites import Site, folded, sites, tensor_of
 
 Inputs = Tensor | tuple[Tensor, ...]
 Candidate = nn.Module | Callable[[], object]
@@ -44,10 +44,8 @@ def count_nonzero(model: nn.Module) -> int:
     with torch.no_grad():
         plain = {parameter: parameter for parameter in _without_noise(model, model.parameters())}
         for site in sites(model):
-            weight, bias = folded(site.layer)
-            plain[site.weight] = weight
-            if bias is not None:
-                plain[cast(Tensor, site.layer.bias)] = bias
+            for name, value in folded(site.layer).items():
+                plain[tensor_of(site.layer, name)] = value
         return sum(int(tensor.count_nonzero()) for tensor in plain.values())
 
 

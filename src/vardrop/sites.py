@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
 from vardrop.methods.base import Method
-from vardrop.noise import Gate, Noise
+from vardrop.noise import Gate, Noise, noises_of
 
 SLOTS = ("noise", "gate")
 
 
+class Held(NamedTuple):
+    """One noise of a layer: the submodule it is, such as ``"noise.weight_hh_l0"``, and the parameter it acts on."""
+
+    slot: str
+    parameter: str
+    noise: Noise
+
+
 class Site(NamedTuple):
-    """A place of a converted model that is noisy: the weights of a layer, or the units that a gate multiplies.
+    """A noisy place of a converted model: a weight of a layer, or the units that a gate multiplies.
 
     Attributes:
-        name: that of the layer; for a gate its own, such as ``"0.gate"``.
+        name: that of the layer, followed by that of the weight where it is not simply ``weight``, such as
+            ``"lstm.weight_hh_l0"``; for a gate its own, such as ``"0.gate"``.
         layer: the layer.
-        noise: the noise on its weights, or the gate.
+        noise: the noise on the weight, or the gate.
         method: the method that made the noise.
+        parameter: the name of the weight in its layer.
     """
 
     name: str
     layer: nn.Module
     noise: Noise
     method: Method
+    parameter: str = "weight"
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight: the posterior mean."""
-        return cast(Tensor, self.layer.weight)
+        """The noisy weight: the posterior mean."""
+        return tensor_of(self.layer, self.parameter)
 
     @property
     def counts(self) -> Literal["weights", "units"]:
@@ -52,30 +64,44 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """
     seen: set[Noise] = set()
     for name, layer in model.named_modules():
-        for slot, noise in noises(layer).items():
+        for slot, parameter, noise in noises(layer):
             if noise not in seen:
                 seen.add(noise)
                 method = cast(Method, noise.method)
                 method.project(noise)
-                yield Site(name if slot == "noise" else f"{name}.{slot}".lstrip("."), layer, noise, method)
+                own = slot.removeprefix("noise").removeprefix(".")
+                yield Site(f"{name}.{own}".strip("."), layer, noise, method, parameter)
 
 
-def noises(layer: nn.Module) -> dict[str, Noise]:
-    """The noise and the gate that hang on `layer`, as far as it has them; the noise acts first."""
-    found = {slot: layer._modules.get(slot) for slot in SLOTS}
-    return {slot: noise for slot, noise in found.items() if isinstance(noise, Noise)}
+def noises(layer: nn.Module) -> list[Held]:
+    """The noises that hang on `layer`, and last its gate, as far as it has them; a noise acts before the gate."""
+    own = isinstance(layer._modules.get("noise"), nn.ModuleDict)
+    held = [
+        Held(f"noise.{name.removesuffix('.weight')}" if own else "noise", name, noise)
+        for name, noise in noises_of(layer).items()
+    ]
+    gate = layer._modules.get("gate")
+    return [*held, Held("gate", "weight", gate)] if isinstance(gate, Gate) else held
 
 
-def folded(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the plain layer that computes what the noisy `layer` computes in a quiet pass."""
-    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
-    for noise in noises(layer).values():
-        weight, bias = noise.folded(weight, bias)
-    return weight, bias
+def tensor_of(layer: nn.Module, parameter: str) -> Tensor:
+    """The weight or bias of `layer` called so, or with a dot in its name that of a child."""
+    return cast(Tensor, attrgetter(parameter)(layer))
+
+
+def folded(layer: nn.Module) -> dict[str, Tensor]:
+    """Weights and bias, by name, of the plain layer that computes what the noisy `layer` does in a quiet pass."""
+    bias = cast(Tensor | None, getattr(layer, "bias", None)) if "gate" in layer._modules else None
+    found: dict[str, Tensor] = {}
+    for _, parameter, noise in noises(layer):
+        found[parameter], bias = noise.folded(found.get(parameter, tensor_of(layer, parameter)), bias)
+    return found if bias is None else {**found, "bias": bias}
 
 
 def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-2) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: all trainable parameters of `model`, its gates at their own learning rate.
+
+    An optimiser's weight decay acts on the model's own parameters and leaves out those of noise, which pay their KL.
 
     Args:
         model: a converted model, or a plain one, which has no gates.
@@ -83,7 +109,8 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
         gate_lr: learning rate of gates.
 
     Returns:
-        One or two groups, each ``{"params": [...], "lr": ...}``; every trainable parameter is in one of them once.
+        Up to three groups, each ``{"params": [...], "lr": ...}``, those of noise with ``"weight_decay": 0.0``: the
+        model's own parameters, the noise on weights, the gates. Every trainable parameter is in one of them once.
 
     Raises:
         InvalidValueError: a learning rate is not a finite number, at least 0.
@@ -97,10 +124,14 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
     for name, rate in (("lr", lr), ("gate_lr", gate_lr)):
         if not 0.0 <= rate < math.inf:
             raise InvalidValueError(f"{name}={rate}: must be a finite number, at least 0")
-    gates = {parameter for site in sites(model) if site.counts == "units" for parameter in site.noise.parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter not in gates], "lr": lr},
-        {"params": [parameter for parameter in trainable if parameter in gates], "lr": gate_lr},
+    counted = {parameter: site.counts for site in sites(model) for parameter in site.noise.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"own": [], "weights": [], "units": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members[counted.get(parameter, "own")].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members["own"], "lr": lr},
+        {"params": members["weights"], "lr": lr, "weight_decay": 0.0},
+        {"params": members["units"], "lr": gate_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vardrop import warmup
 from vardrop.elbo import ELBO
@@ -40,6 +41,8 @@ class Schedule:
         warmup_epochs: the epoch at which the KL weight reaches 1; 0 for the full KL from the start.
         kl_factor: constant factor on the KL.
         seed: of initialisation, order and noise.
+        weight_decay: factor of ``|w|^2 / 2`` on the loss, over the net's own parameters; noise is left out.
+        clip_norm: greatest norm of the gradient of a step; ``None`` for no bound.
     """
 
     epochs: int = 200
@@ -51,12 +54,16 @@ class Schedule:
     kl_factor: float = 1.0
     seed: int = 0
     gate_lr: float | None = None
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("lr", "gate_lr"):
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise InvalidValueError(f"weight_decay={self.weight_decay}: must be a finite number, at least 0")
+        for name in ("lr", "gate_lr", "clip_norm"):
             rate = getattr(self, name)
             if rate is not None and not 0.0 < rate < math.inf:
                 raise InvalidValueError(f"{name}={rate}: must be a finite number above 0")
@@ -72,10 +79,11 @@ class Schedule:
     def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         """Adam on the parameters of `net`, on its gates with their own learning rate."""
         gate_lr = self.lr if self.gate_lr is None else self.gate_lr
-        return torch.optim.Adam(parameter_groups(net, lr=self.lr, gate_lr=gate_lr), fused=True)
+        groups = parameter_groups(net, lr=self.lr, gate_lr=gate_lr)
+        return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True)
 
     def elbo(self, num_data: int) -> ELBO:
-        """The objective of this schedule for `num_data` training examples."""
+        """The objective of this schedule for `num_data` labels to train on."""
         ramp = warmup.linear(self.warmup_epochs, start=self.warmup_start) if self.warmup_epochs else None
         return ELBO(num_data, warmup=ramp, kl_factor=self.kl_factor)
 
@@ -90,7 +98,7 @@ class Loader(Protocol):
 
 @dataclass
 class Epoch:
-    """One line of the history. Errors are fractions, `nll` is nats per example, `kl` nats in all.
+    """One line of the history. Errors are fractions, `nll` is nats per label, `kl` nats in all.
 
     `alive` counts weights, or units of a gate, by site; `units` are those of all gates, such as ``"294-110-71"``.
     """
@@ -135,7 +143,7 @@ def train(
         batches: the training data.
         schedule: how to train.
         folder: where checkpoint, history and TensorBoard log go; made if missing.
-        num_data: training examples, for the ELBO.
+        num_data: labels of the training data, for the ELBO.
         evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
         identity: a text that tells this run from others; a checkpoint with another one is refused.
         checkpoint_seconds: least time between checkpoints.
@@ -154,7 +162,6 @@ def train(
     if history:
         on_epoch(history[-1])
     model, optimizer = accelerator.prepare(net, optimizer)
-    device = accelerator.device
     stored = perf_counter()
     for epoch in range(len(history), schedule.epochs):
         started = perf_counter()
@@ -164,7 +171,7 @@ def train(
             torch.manual_seed(schedule.seed + 1_000_003 * epoch + accelerator.process_index)
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] = share * schedule.lr_at(epoch)
-        error, nll = _one_epoch(model, batches, optimizer, elbo, accelerator, device, on_step)
+        error, nll = _one_epoch(model, batches, optimizer, elbo, schedule.clip_norm, accelerator, on_step)
         valid_error, test_error = evaluate(net)
         counted = would_live(net)
         history.append(
@@ -199,11 +206,12 @@ def _one_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     elbo: ELBO,
+    clip_norm: float | None,
     accelerator: Any,
-    device: torch.device,
     on_step: Callable[[], None],
 ) -> tuple[float, float]:
     """Training error (fraction) and mean negative log-likelihood (nats) of one pass, both under noise."""
+    device = accelerator.device
     model.train()
     wrong = torch.zeros((), device=device)
     nll = torch.zeros((), device=device)
@@ -221,11 +229,13 @@ def _one_epoch(
                 "the last finished epoch is kept; try a lower learning rate"
             )
         accelerator.backward(loss)
+        if clip_norm is not None:
+            accelerator.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wrong += (logits.detach().argmax(dim=1) != y).sum()
-        nll += elbo.nll * len(y)
-        count += len(y)
+        nll += elbo.nll * y.numel()
+        count += y.numel()
         on_step()
     wrong, nll, total = accelerator.reduce(
         torch.stack([wrong, nll, torch.tensor(float(count), device=device)])
@@ -238,15 +248,16 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             layer, _, kind = name.removeprefix("module.").rpartition(".")
-            return f"layer {layer.removesuffix('.noise').removesuffix('.gate')!r} has a {kind} that is not finite"
+            return f"layer {_without_noise(layer)!r} has a {kind} that is not finite"
     if not torch.isfinite(x).all():
         return "the input is not finite"
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name.removesuffix(".noise").removesuffix(".gate"))
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
+                found.append(_without_noise(name))
 
         return hook
 
@@ -259,6 +270,11 @@ def _culprit(model: nn.Module, x: Tensor) -> str:
         if not torch.isfinite(site.method.kl(site.noise, site.weight)):
             return f"the KL of layer {site.name!r} is not finite"
     return f"layer {found[0]!r} gives an output that is not finite" if found else "no layer stands out"
+
+
+def _without_noise(name: str) -> str:
+    """The weight or layer that the noise or gate called `name` hangs on; any other name as it is."""
+    return name.removesuffix(".noise").removesuffix(".gate").replace(".noise.", ".")
 
 
 def _accelerator(folder: Path) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
+from vardrop.layers import shows_units, takes_gates
 
 
 def convert(net: nn.Module, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
@@ -15,27 +16,79 @@ def convert(net: nn.Module, method: vd.Method | tuple[vd.Method, ...]) -> nn.Mod
     return vd.convert(net if follows is None else vd.convert(net, follows(place=method.place)), method)
 
 
+class First(nn.Module):
+    """The output of a recurrent layer, without its last state."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0]
+
+
 class Net(nn.Sequential):
     """Of a plain Sequential the last layer's outputs are known to be the net's; of this one they are not."""
 
 
+class SelfAttention(Net):
+    """Attention of one tensor to itself, without the weights it gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self[0](x, x, x)[0]
+        return output
+
+
+class Conv1D(nn.Module):
+    """A stand-in for the dense layer of transformers, which is known by its name."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(0.5 * torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer and the shape of an input to it."""
+    """A layer and the shape of an input to it: numbers, or words below `words`."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    words: int = 0
+
+    def net(self) -> nn.Sequential:
+        layer = self.build()
+        if isinstance(layer, nn.MultiheadAttention):
+            return SelfAttention(layer)
+        return Net(layer, First()) if isinstance(layer, nn.RNNBase) else Net(layer)
 
     def converted(self, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
-        return convert(Net(self.build()), method)
+        return convert(self.net(), method)
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(self.shape, dtype=dtype, generator=torch.Generator().manual_seed(7))
+        generator = torch.Generator().manual_seed(7)
+        if self.words:
+            return torch.randint(self.words, self.shape, generator=generator)
+        return torch.randn(self.shape, dtype=dtype, generator=generator)
+
+    @property
+    def linear_in_the_weight(self) -> bool:
+        return not isinstance(self.build(), nn.RNNBase | nn.MultiheadAttention)
+
+    def takes(self, method: vd.Method | tuple[vd.Method, ...]) -> bool:
+        """Whether `method` can be had on this layer: the units of some have no gate."""
+        methods, layer = method if isinstance(method, tuple) else (method,), self.build()
+        if any(one.follows for one in methods) and not shows_units(layer):
+            return False
+        return takes_gates(type(layer)) or not any(one.on_units for one in methods)
 
 
 LAYERS = {
     "linear": LayerCase(lambda: nn.Linear(6, 5), (4, 6)),
     "linear-no-bias-3d": LayerCase(lambda: nn.Linear(6, 5, bias=False), (4, 3, 6)),
+    "linear-of-transformers": LayerCase(lambda: Conv1D(5, 6), (4, 3, 6)),
     "conv1d-circular": LayerCase(lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
     "conv1d-replicate": LayerCase(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, padding_mode="replicate"), (3, 4, 9)),
     "conv2d": LayerCase(lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 3, 7, 8)),
@@ -48,6 +101,12 @@ LAYERS = {
         lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (3, 4, 5, 5)
     ),
     "conv-transpose3d": LayerCase(lambda: nn.ConvTranspose3d(2, 3, 2, dilation=2, bias=False), (2, 2, 3, 3, 3)),
+    "rnn": LayerCase(lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), (5, 2, 3)),
+    "lstm": LayerCase(lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True), (5, 2, 3)),
+    "gru": LayerCase(lambda: nn.GRU(3, 4, batch_first=True), (2, 5, 3)),
+    "attention": LayerCase(lambda: nn.MultiheadAttention(6, 2, batch_first=True), (3, 4, 6)),
+    "embedding": LayerCase(lambda: nn.Embedding(7, 4, padding_idx=2), (3, 5), words=7),
+    "embedding-bag": LayerCase(lambda: nn.EmbeddingBag(7, 4, mode="sum"), (3, 5), words=7),
 }
 
 METHODS = {name: cls() for name, cls in vd.methods().items()}

@@ -17,6 +17,7 @@ from vardrop import fused, lrt
 from vardrop.elbo import kl
 from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
 from vardrop.noise import Layout
+from vardrop.zoo import build_net, load_data
 
 fast_room = importlib.import_module("vardrop.fast")
 compiler = pytest.mark.usefixtures("has_compiler")
@@ -39,12 +40,13 @@ METHODS = {
 
 def run(net, x, seed=3):
     """Output, KL, and the gradients of both by input and parameters, under noise from `seed`."""
-    x = x.clone().requires_grad_()
+    x = x.clone().requires_grad_(x.is_floating_point())
     with vd.noise(net, on=True, generator=torch.Generator().manual_seed(seed)):
         output = net(x)
         price = kl(net)
     weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=output.dtype).view(output.shape)
-    found = torch.autograd.grad((output * weights).sum() + 0.1 * price, [x, *net.parameters()])
+    leaves = [leaf for leaf in (x, *net.parameters()) if leaf.requires_grad]
+    found = torch.autograd.grad((output * weights).sum() + 0.1 * price, leaves)
     return output, price, *found
 
 
@@ -80,7 +82,7 @@ def test_the_noise_is_standard_normal_and_without_memory():
 def test_uncompiled_it_is_the_reference_with_the_same_noise(layer):
     case = LAYERS[layer]
     torch.manual_seed(0)
-    net = vd.convert(case.build(), vd.SparseVD(init_log_std=-1.0))
+    net = vd.convert(case.net(), vd.SparseVD(init_log_std=-1.0))
     plain = run(net, case.input())
     close(run(vd.fast(net, variance="float32", compiled=False), case.input()), plain, 1e-5)
     close(run(vd.fast(net, variance="bfloat16", compiled=False), case.input()), plain, 2e-2)
@@ -271,3 +273,35 @@ def test_bad_input():
         vd.fast(nn.Linear(2, 2))
     with pytest.raises(InvalidValueError, match="variance='half'.*'auto', 'float32' or 'bfloat16'"):
         vd.fast(vd.convert(nn.Linear(2, 2), vd.ARD()), variance="half")
+
+
+@pytest.mark.slow
+def test_the_trained_error_is_that_of_the_reference_within_seed_noise():
+    """LeNet-300-100 on the digits, four seeds on each path: the means differ by less than three of their errors."""
+    data = load_data("digits")
+
+    def trained(seed, quick):
+        torch.manual_seed(seed)
+        net = build_net("lenet-300-100", input_shape=data.input_shape, num_classes=data.num_classes)
+        vd.convert(net, vd.SparseVD())
+        if quick:
+            vd.fast(net)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        elbo = vd.ELBO(len(data.train.y), warmup=vd.warmup.linear(epochs=60, start=20))
+        for _ in range(100):
+            elbo.step_epoch()
+            for rows in torch.randperm(len(data.train.y)).split(100):
+                loss = torch.nn.functional.cross_entropy(net(data.train.x[rows]), data.train.y[rows])
+                elbo(net, loss).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        net.eval()
+        vd.prune(net)
+        error = (net(data.test.x).argmax(1) != data.test.y).double().mean()
+        return 100 * error, vd.summary(net).compression
+
+    found = {quick: torch.tensor([trained(seed, quick) for seed in range(4)]) for quick in (False, True)}
+    spread = torch.cat([values - values.mean(0) for values in found.values()]).square().sum(0).div(6).sqrt()
+    gap = (found[True].mean(0) - found[False].mean(0)).abs()
+    assert (found[True][:, 0] < 12).all(), "neither path may win by not learning"
+    assert (gap < 3 * spread * math.sqrt(2 / 4)).all(), (found, spread)

@@ -159,7 +159,6 @@ BARRIERS = {
     "group norm": nn.GroupNorm(2, 6),
     "softmax": nn.Softmax(1),
     "attention": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
-    "lstm": nn.LSTM(6, 6),
     "pixel shuffle": nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.ChannelShuffle(2), nn.Flatten()),
 }
 

@@ -245,3 +245,29 @@ def test_stored_weights_of_another_net_are_refused_side_by_side(tmp_path):
     assert done.returncode == 1 and "is the second stage of BetaBernoulli" in done.stderr
     done = vardrop("compress", "mlp-20", "--gate-lr", "-1", "--out", tmp_path / "c")
     assert done.returncode == 1 and "gate_lr=-1.0: must be a finite number above 0" in done.stderr
+
+
+def test_layers_are_chosen_by_name(tmp_path):
+    options = ["--epochs", "1", "--warmup-epochs", "1", "--exclude", "5", "--include", "1", "--include", "5"]
+    assert vardrop("compress", "mlp-20", "--method", "ard", "--out", tmp_path / "a", *options).returncode == 0
+    run = read_run(tmp_path / "a")
+    assert list(run["layers"]) == ["1"] and run["config"]["exclude"] == ["5"]
+    assert vardrop("evaluate", tmp_path / "a", "--samples", 2).returncode == 0
+    done = vardrop("compress", "mlp-20", "--exclude", "conv*", "--out", tmp_path / "b")
+    assert done.returncode == 1 and "conv*" in done.stderr
+
+
+def test_the_whole_road_of_a_recurrent_net_on_text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for part in ("train", "test"):
+        (folder / f"{part}.txt").write_text("to be or not to be\n" * 60)
+    options = ["--data", "texts", "--data-root", tmp_path, "--batch-size", "4", "--lr", "0.02", "--clip-norm", "1"]
+    options += ["--pretrain", "2", "--epochs", "2", "--warmup-epochs", "2"]
+    done = vardrop("compress", "char-lstm-8", "--out", tmp_path / "a", *options)
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "a")
+    assert list(run["layers"]) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "output"]
+    assert run["original"]["error"] < 0.8 and run["compacted"]["largest_difference"] < 1e-4
+    assert vardrop("evaluate", tmp_path / "a", "--samples", 2, "--data-root", tmp_path).returncode == 0
+    assert vardrop("report", tmp_path / "a").returncode == 0

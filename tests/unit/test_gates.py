@@ -47,7 +47,7 @@ def test_a_gate_on_tied_weights_is_refused_by_name():
         vd.convert(model, vd.BetaBernoulli())
     head = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6)})
     head["head"].weight = head["table"].weight
-    with pytest.raises(ConversionError, match="'head' shares its weight with 'table'"):
+    with pytest.raises(ConversionError, match="'table' shares its weight with 'head'"):
         vd.convert(head, vd.BetaBernoulli())
 
 
@@ -203,13 +203,15 @@ def test_bad_values_are_refused_by_name(build, message):
 def test_parameter_groups_hold_every_trainable_parameter_once():
     model = vd.convert(net(), {"0": (vd.BetaBernoulli(), vd.ARD()), "*": vd.StructuredBP()})
     model[5].bias.requires_grad_(False)
-    rest, gates = vd.parameter_groups(model, lr=0.1, gate_lr=0.5)
-    assert (rest["lr"], gates["lr"]) == (0.1, 0.5)
+    _, weights, gates = groups = vd.parameter_groups(model, lr=0.1, gate_lr=0.5)
+    assert [group["lr"] for group in groups] == [0.1, 0.1, 0.5]
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert all(".gate." in names[parameter] for parameter in gates["params"])
-    listed = [names[parameter] for parameter in [*rest["params"], *gates["params"]]]
+    assert [names[parameter] for parameter in weights["params"]] == ["0.noise.log_std"]
+    listed = [names[parameter] for group in groups for parameter in group["params"]]
     assert sorted(listed) == sorted(name for name in names.values() if name != "5.bias")
-    optimizer = torch.optim.Adam([rest, gates])
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     model(X).sum().backward()
     optimizer.step()
     assert [group["lr"] for group in vd.parameter_groups(net())] == [1e-3]

@@ -1,5 +1,6 @@
 """The loop: exact resume, also after kill -9, what stops it, and what it never destroys."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -35,7 +36,7 @@ def fresh() -> nn.Module:
     return vd.convert(net, vd.ARD())
 
 
-def run(folder: Path, net: nn.Module, *, identity: str = "a", stop_after: int | None = None, evaluate=None):
+def run(folder: Path, net: nn.Module, *, identity="a", stop_after=None, evaluate=None, schedule=SCHEDULE):
     data = split()
 
     def on_epoch(epoch):
@@ -44,8 +45,8 @@ def run(folder: Path, net: nn.Module, *, identity: str = "a", stop_after: int | 
 
     return train(
         net,
-        Batches(data, SCHEDULE.batch_size, seed=SCHEDULE.seed),
-        SCHEDULE,
+        Batches(data, schedule.batch_size, seed=schedule.seed),
+        schedule,
         folder,
         num_data=len(data.y),
         evaluate=evaluate or (lambda model: (None, 0.5)),
@@ -196,6 +197,8 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
         ({"epochs": 0}, "epochs=0: must be at least 1"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: must be a finite number, at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0: must be a finite number above 0"),
         ({"epochs": 5, "decay_from": 6}, "decay_from=6: must lie in 0 to 5"),
     ],
 )
@@ -208,6 +211,18 @@ def test_the_learning_rate_is_flat_then_falls_on_a_line():
     schedule = Schedule(epochs=10, lr=1.0, decay_from=5)
     assert [schedule.lr_at(epoch) for epoch in (0, 4, 5, 6, 9)] == [1.0, 1.0, 1.0, 0.8, 0.2]
     assert Schedule(epochs=10, lr=1.0, decay_from=0).lr_at(1) == 0.9
+
+
+def test_weight_decay_leaves_out_the_noise_and_gradients_are_clipped(tmp_path):
+    def weights_after(**options):
+        net = fresh()
+        run(tmp_path / str(options), net, schedule=dataclasses.replace(SCHEDULE, epochs=1, decay_from=1, **options))
+        return torch.cat([site.weight.detach().flatten() for site in vd.sites(net)])
+
+    plain = weights_after()
+    assert weights_after(weight_decay=10.0).norm() < 0.9 * plain.norm()
+    start = torch.cat([site.weight.detach().flatten() for site in vd.sites(fresh())])
+    assert (weights_after(clip_norm=1e-12) - start).norm() < 0.1 * (plain - start).norm()
 
 
 def test_tensorboard_logs_are_written(tmp_path):

@@ -1,5 +1,6 @@
 """Networks and data by name, one's own, and everything that is refused before any training."""
 
+import re
 import textwrap
 
 import numpy
@@ -197,3 +198,56 @@ def test_a_validation_split_takes_examples_away_from_training():
     assert validation_split(split, 3, seed=0)[1].y.tolist() == apart.y.tolist()
     with pytest.raises(InvalidValueError, match="validation=10: must lie in 1 to 9"):
         validation_split(split, 10, seed=0)
+
+
+def text_folder(tmp_path, train, test):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for part, lines in (("train", train), ("test", test)):
+        (folder / f"{part}.txt").write_text("\n".join(lines))
+    return load_data("texts", data_root=tmp_path)
+
+
+def test_running_text_is_cut_into_stretches_with_the_next_character_as_label(tmp_path):
+    data = text_folder(tmp_path, ["abc"] * 60, ["cab"] * 30)
+    assert data.train.x.shape == data.train.y.shape == (2, 100) and data.num_classes == 4
+    assert data.train.x[0, :5].tolist() == [1, 2, 3, 0, 1] and data.train.y[0, :5].tolist() == [2, 3, 0, 1, 2]
+    assert data.train.x[1, 0] == data.train.y[0, -1], "the stretches follow on one another"
+
+
+def test_characters_set_apart_by_blanks_are_read_without_the_blanks(tmp_path):
+    data = text_folder(tmp_path, ["a b _ c"] * 60, ["c _ a"] * 60)
+    assert data.num_classes == 5 and data.train.x[0, :6].tolist() == [2, 3, 1, 4, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [(["xyz"] * 60, "test text of 'texts' holds 'x'"), (["ab"], "3 characters; must be at least 101")],
+)
+def test_text_that_cannot_be_predicted_is_refused(tmp_path, test, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        text_folder(tmp_path, ["abc"] * 60, test)
+
+
+def test_sentences_become_ids_by_frequency_filled_up_on_the_left(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for part in ("train", "test"):
+        texts = ["good film", "Bad bad film"] if part == "train" else ["a film"]
+        table = datasets.Dataset.from_dict({"text": texts, "label": list(range(len(texts)))})
+        table.to_parquet(folder / f"{part}.parquet")
+    data = load_data("mine", data_root=tmp_path)
+    assert data.train.x.tolist() == [[0, 4, 3], [2, 2, 3]] and data.test.x.tolist() == [[0, 1, 3]]
+    assert data.train.y.tolist() == [0, 1]
+
+
+def test_nets_for_text_give_a_logit_for_each_class(tmp_path):
+    data = text_folder(tmp_path, ["abc"] * 60, ["cab"] * 30)
+    net = build_net("char-lstm-8", input_shape=data.input_shape, num_classes=data.num_classes)
+    check_fits("char-lstm-8", net, data)
+    assert net(data.train.x).shape == (2, 4, 100)
+    with pytest.raises(DataError, match=re.escape("must be (1, 4, 100)")):
+        check_fits("word-lstm-8", build_net("word-lstm-8", input_shape=(100,), num_classes=4), data)
+    with pytest.raises(InvalidValueError, match="char-lstm takes a number of units such as char-lstm-256"):
+        build_net("char-lstm-x", input_shape=(100,), num_classes=4)

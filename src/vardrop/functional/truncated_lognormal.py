@@ -21,7 +21,7 @@ from vardrop.functional._dtype import aligned, precise
 LOG_SQRT_HALF_PI = 0.5 * math.log(0.5 * math.pi)
 SQRT_HALF = math.sqrt(0.5)
 FAR = 10.0
-LEVELS = 40
+LEVELS = 14
 TAIL = 4.0
 NEWTON_STEPS = 6
 CLIP = 1e-6
@@ -168,9 +168,10 @@ def _kl_inside(cut: _Cut) -> Tensor:
 def _kl_outside(cut: _Cut) -> Tensor:
     """KL but for ``log width - 1/2``, the peak outside; every large term has been cancelled by hand."""
     x, far = cut.x, cut.x + cut.width
-    excess, log_share = _excess(x), _log_share_beyond(cut)
+    log_share = _log_share_beyond(cut)
+    excess, excess_far = _excess(torch.stack([x, far])).unbind()
     share, kept = torch.exp(log_share), -torch.expm1(log_share)
-    by_ends = share * (cut.width * (x + far) + far * _excess(far)) - x * excess
+    by_ends: Tensor = share * (cut.width * (x + far) + far * excess_far) - x * excess
     return torch.log((x + excess) / kept) + 0.5 * by_ends / kept
 
 
@@ -204,11 +205,10 @@ def _tail_quantile(u: Tensor, cut: _Cut, in_tail: Tensor) -> Tensor:
     goal = torch.log(u + (1.0 - u) * torch.exp(log_share))
     fixed_x, fixed_goal = x.detach(), goal.detach()
     below = -2.0 * fixed_goal / (torch.sqrt(fixed_x.square() - 2.0 * fixed_goal) + fixed_x)
+    fixed_start = _log_mills(fixed_x) + fixed_goal
     for _ in range(NEWTON_STEPS):
-        below = below + _tail_residual(below, fixed_x, fixed_goal) * torch.exp(_log_mills(fixed_x + below))
-    slope = torch.exp(_log_mills(fixed_x + below))
-    return below + _tail_residual(below, x, goal) * slope
-
-
-def _tail_residual(below: Tensor, x: Tensor, goal: Tensor) -> Tensor:
-    return _log_mills(x + below) - _log_mills(x) - below * (x + 0.5 * below) - goal
+        log_mills = _log_mills(fixed_x + below)
+        below = below + (log_mills - fixed_start - below * (fixed_x + 0.5 * below)) * torch.exp(log_mills)
+    log_mills = _log_mills(x + below)
+    residual: Tensor = log_mills - _log_mills(x) - below * (x + 0.5 * below) - goal
+    return below + residual * torch.exp(log_mills.detach())

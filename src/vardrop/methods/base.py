@@ -97,7 +97,8 @@ class WeightMethod(Method):
         rule: ``"log_alpha"`` kills a weight at ``log alpha >= threshold``, ``"magnitude"`` at
             ``|mean| < threshold``, ``"snr"`` at ``|mean| / std <= threshold``; ``None`` kills none.
         threshold: ``None`` for the rule's usual one (3, 0.01 and 1).
-        sampling: ``"local"`` reparameterisation or the ``"weight"`` itself, once per minibatch.
+        sampling: ``"local"`` reparameterisation or the ``"weight"`` itself, once per minibatch; recurrent layers
+            and embeddings always draw the weight.
     """
 
     rule: RuleName | None = None

@@ -16,6 +16,9 @@ from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, Multiplica
 class BernoulliDropout(Method):
     """Bernoulli dropout: each input of a layer is dropped with a fixed probability and the rest is scaled up.
 
+    In recurrent layers the inputs and hidden units, in embeddings the words, are dropped once for all time steps of a
+    minibatch, by zeros in the weights (arXiv:1512.05287).
+
     Args:
         rate: probability of dropping, in [0, 1).
 
@@ -40,7 +43,7 @@ class BernoulliDropout(Method):
         check_range(self, "rate", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
-        return BernoulliNoise(self.rate)
+        return BernoulliNoise(self.rate, in_axis=layout.in_axis)
 
 
 @dataclass(frozen=True)

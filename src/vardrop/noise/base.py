@@ -49,6 +49,13 @@ class Noise(nn.Module):
         """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""
         raise NotImplementedError(f"{type(self).__name__} must say how it acts on a layer's operation")
 
+    def sample_weight(self, weight: Tensor) -> Tensor:
+        """The whole `weight` for one pass: a draw, or the mean where the noise is off; dead elements at zero.
+
+        For layers that use a weight more than once in a pass, such as recurrent ones and embeddings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it draws a whole weight")
+
     def log_alpha(self, weight: Tensor) -> Tensor | None:
         """``log(variance / mean^2)`` of each element, or ``None`` where the family has no such thing."""
         return None
@@ -80,3 +87,15 @@ class Noise(nn.Module):
     def _device(self) -> torch.device | None:
         first = next(self.parameters(), None)
         return None if first is None else first.device
+
+
+def noises_of(layer: nn.Module) -> dict[str, Noise]:
+    """The noises that hang on `layer` by the name of the parameter they act on; none on a plain layer.
+
+    That on the weight of a child is held under the name of the child.
+    """
+    held = layer._modules.get("noise")
+    named = {"weight": held}
+    if isinstance(held, nn.ModuleDict):
+        named = {f"{key}.weight" if key in layer._modules else key: noise for key, noise in held.items()}
+    return {name: noise for name, noise in named.items() if isinstance(noise, Noise)}

@@ -17,7 +17,8 @@ Place = Literal["input", "output"]
 class Gate(Noise):
     """One multiplier for each unit; a noisy pass draws it, a quiet pass takes its test-time value.
 
-    Draws are shared by all positions of a unit. The first dimension of a batch counts examples.
+    Draws are shared by all positions of a unit. The first dimension of a batch counts examples. The units of an
+    embedding are its words (inputs) or its columns (outputs); there one draw serves the whole minibatch.
 
     Args:
         weight: the host's weight.
@@ -57,10 +58,18 @@ class Gate(Noise):
     def gated(self, value: Tensor, dim: int) -> Tensor:
         """`value` times its multipliers; its units are counted by the negative `dim`."""
         with torch.autocast(value.device.type, enabled=False):
-            factor = self.multiplier(value, dim)
-            if self.mask is not None:
-                factor = factor.masked_fill(~self.mask, 0.0)
+            factor = self.open(self.multiplier(value, dim))
         return value * broadcast(factor, value, dim).to(value.dtype)
+
+    def gated_table(self, weight: Tensor) -> Tensor:
+        """The whole table `weight` times its multipliers: one draw for all that is looked up in it."""
+        with torch.autocast(weight.device.type, enabled=False):
+            factor = self.open(self.sample(1)[0] if self.active else self.mean())
+        return weight * self.spread(factor, weight).to(weight.dtype)
+
+    def open(self, factor: Tensor) -> Tensor:
+        """`factor`, ``(..., units)``, with dead units at zero."""
+        return factor if self.mask is None else factor.masked_fill(~self.mask, 0.0)
 
     def mask_shape(self, weight: Tensor) -> torch.Size:
         return torch.Size((self.units,))
@@ -69,7 +78,7 @@ class Gate(Noise):
         return self.spread(mask, weight)
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        factor = self.mean() if self.mask is None else self.mean().masked_fill(~self.mask, 0.0)
+        factor = self.open(self.mean())
         if bias is not None and self.place == "output":
             bias = _times(bias, factor)
         return _times(weight, self.spread(factor, weight)), bias
@@ -117,5 +126,6 @@ def _examples(value: Tensor, dim: int) -> int:
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """The product in the type of `weight`; what is multiplied by zero is a plain zero, without a sign."""
-    return (weight * factor).to(weight.dtype).masked_fill(factor == 0.0, 0.0)
+    """The product in the type of `weight`; a zero in it has no sign."""
+    product = (weight * factor).to(weight.dtype)
+    return product.masked_fill(product == 0.0, 0.0)

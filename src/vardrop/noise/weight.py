@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vardrop import functional as F
 from vardrop import fused
-from vardrop.lrt import Operation, at_least_float32, local_sample, weight_sample
+from vardrop.lrt import Operation, at_least_float32, draw_weight, local_sample, weight_sample
 from vardrop.noise.base import Layout, Noise
 
 Sampling = Literal["local", "weight"]
@@ -32,9 +32,20 @@ class WeightNoise(Noise):
         """``log(variance / mean^2)`` of each weight, for reports and pruning rules."""
         raise NotImplementedError(f"{type(self).__name__} must give the log alpha of its weights")
 
+    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
+        """The mean of each weight in a noisy pass."""
+        return weight
+
     def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each weight in a noisy pass, zero where it is dead."""
-        return self.masked(weight), self.masked(self.variance(weight))
+        variance = self.variance(weight)
+        return self.masked(self.noisy_mean(weight, variance)), self.masked(variance)
+
+    def sample_weight(self, weight: Tensor) -> Tensor:
+        if not self.active:
+            return self.masked(weight)
+        variance = self.variance(weight)
+        return self.masked(draw_weight(self.noisy_mean(weight, variance), variance, generator=self.generator))
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.active:
@@ -88,8 +99,7 @@ class AdditiveNoise(WeightNoise):
         joined = fast is not None and fast.compiled and self.sampling == "local" and self.method.kl_is_short
         joined = joined and torch.is_grad_enabled()
         if fast is None or not joined or torch.compiler.is_compiling():
-            variance = self.variance(weight)
-            return self.masked(self._clipped(weight, variance)), self.masked(variance)
+            return super().moments(weight)
         clip, dtype = self.clip_log_alpha, fast.narrow(weight)
         mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
         self._price = (price, self._state_of(weight))
@@ -105,7 +115,7 @@ class AdditiveNoise(WeightNoise):
     def _state_of(self, weight: Tensor) -> tuple[int, ...]:
         return id(weight), weight._version, id(self.log_std), self.log_std._version, id(self.mask)
 
-    def _clipped(self, weight: Tensor, variance: Tensor) -> Tensor:
+    def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
         if self.clip_log_alpha is None:
             return weight
         squared_bound = math.exp(-self.clip_log_alpha) * variance.detach()

@@ -77,6 +77,19 @@ def log_alpha_histograms(histograms: dict[str, Any], threshold: float | None) ->
     return figure
 
 
+def trade_off(points: list[tuple[float, float]], front: list[tuple[float, float]], size: str) -> Figure:
+    """Error (a fraction) against size, ``"compression"`` or ``"flops"``, of all trials, and the front among them."""
+    figure, (axis,) = _panels(1, 1, (6.0, 4.0))
+    axis.scatter([x for x, _ in points], [100 * y for _, y in points], s=14, alpha=0.5, label="trials")
+    ordered = sorted(front)
+    axis.plot([x for x, _ in ordered], [100 * y for _, y in ordered], marker="o", color=COLOURS[1], label="front")
+    axis.set_xscale("log")
+    axis.set_xlabel({"compression": "compression, all weights over living ones", "flops": "FLOPs of one example"}[size])
+    axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _title(axis, "validation error, %")
+    return figure
+
+
 def first_layer(weight: Tensor, input_shape: list[int]) -> Figure:
     """What the first layer still looks at: a map of the inputs and its strongest units, or its kernels."""
     images, summed = _as_images(weight, input_shape)

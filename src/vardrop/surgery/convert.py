@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import GATED, NOISY
+from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, shows_units, takes_gates
 from vardrop.methods.base import GateMethod, Method
 from vardrop.noise import DependentGate, Gate, Layout, Noise
-from vardrop.sites import SLOTS, folded, noises, sites
+from vardrop.sites import SLOTS, folded, noises, sites, tensor_of
 
-PLAIN = {noisy: plain for plain, noisy in NOISY.items()}
 Patterns = str | Sequence[str]
 Choice = Method | tuple[Method, ...]
 
@@ -37,7 +36,8 @@ def convert(
     A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
 
     Args:
-        model: any module built of Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers, among others.
+        model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding,
+            EmbeddingBag and MultiheadAttention layers, among others.
         method: one method; a tuple of two, one on units and one on weights; or a dict from name patterns
             (``"features.*"``) to these, of which the first match wins.
         include: name patterns of the layers to convert; all supported ones by default.
@@ -45,7 +45,8 @@ def convert(
 
     Raises:
         InvalidValueError: a pattern matches nothing, or `method` is not a method.
-        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or is a subclass of one that has.
+        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or no form with a gate, or any is a
+            subclass of one that has, or has an option that the noisy form does not know.
         ConversionError: the model is converted already, nothing in it can be converted, or a layer that is to have
             a gate shares its weight with another, or has the outputs of the net for its units.
 
@@ -83,14 +84,12 @@ def strip(model: nn.Module) -> nn.Module:
     <class 'torch.nn.modules.linear.Linear'>
     """
     for layer in model.modules():
-        plain = PLAIN.get(type(layer))
+        plain = plain_class(type(layer))
         if plain is None:
             continue
-        weight, bias = folded(layer)
         with torch.no_grad():
-            cast(Tensor, layer.weight).copy_(weight)
-            if bias is not None:
-                cast(Tensor, layer.bias).copy_(bias)
+            for parameter, value in folded(layer).items():
+                tensor_of(layer, parameter).copy_(value)
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _project:
                 del layer._forward_pre_hooks[key]
@@ -99,21 +98,25 @@ def strip(model: nn.Module) -> nn.Module:
             layer._modules.pop(slot, None)
         layer.__class__ = plain
         if isinstance(gate, DependentGate):
-            gate.remainder(weight).hang_on(layer)
+            gate.remainder(tensor_of(layer, "weight")).hang_on(layer)
     _open_fast_paths(model)
     return model
 
 
 def _make_noisy(layer: nn.Module, methods: tuple[Method, ...], shared: dict[tuple[str, Tensor], Noise]) -> None:
-    weight = cast(Tensor, layer.weight)
-    layer.__class__ = NOISY[type(layer)]
+    layer.__class__ = noisy_class(type(layer)) or type(layer)
     for method in methods:
         slot = "gate" if method.on_units else "noise"
-        if (slot, weight) not in shared:
-            noise = method.noise(weight, cast(Layout, layer.layout))
-            noise.method = method
-            shared[slot, weight] = noise.train(layer.training)
-        setattr(layer, slot, shared[slot, weight])
+        made: dict[str, nn.Module] = {}
+        for parameter in noisy_parameters(layer):
+            weight = tensor_of(layer, parameter)
+            if (slot, weight) not in shared:
+                noise = method.noise(weight, cast(Layout, layer.layout))
+                noise.method = method
+                shared[slot, weight] = noise.train(layer.training)
+            made[parameter.removesuffix(".weight")] = shared[slot, weight]
+        alone = made.keys() == {"weight"}
+        setattr(layer, slot, made["weight"] if alone else nn.ModuleDict(made).train(layer.training))
     if any(type(method).project is not Method.project for method in methods):
         layer.register_forward_pre_hook(_project)
 
@@ -124,7 +127,7 @@ def _project(layer: nn.Module, inputs: Any) -> None:
     Doing it here rather than after the step serves every optimiser, and a second pass before the backward is harmless.
     """
     if layer.training:
-        for noise in noises(layer).values():
+        for _, _, noise in noises(layer):
             noise.method.project(noise)
 
 
@@ -149,7 +152,7 @@ def _choose(
         named = include is not None or matching[0] != "*"
         methods = by_pattern[matching[0]]
         gated = any(method.on_units for method in methods)
-        if noises(layer) or _is_convertible(name, layer, GATED if gated else NOISY.keys(), named=named):
+        if noises(layer) or _is_convertible(name, layer, gated=gated, named=named):
             used.add(matching[0])
             chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
     unused = [pattern for pattern in by_pattern if pattern not in used]
@@ -158,9 +161,10 @@ def _choose(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
     if not chosen:
+        all_gated = all(any(method.on_units for method in methods) for methods in by_pattern.values())
         raise ConversionError(
             f"nothing to convert in {type(model).__name__}: it holds no layer of the kinds "
-            f"{', '.join(kind.__name__ for kind in NOISY)} outside the excluded ones"
+            f"{_known(all_gated)} outside the excluded ones"
         )
     return chosen
 
@@ -170,18 +174,20 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
     methods = [method for given in by_pattern.values() for method in given]
     second = next((method for method in methods if method.follows), None)
     if second is None or second.follows is None:
+        attentions = [layer for layer in model.modules() if isinstance(layer, nn.MultiheadAttention)]
+        inner = {child for layer in attentions for child in layer.children()}
         if next(sites(model), None) is not None:
             raise ConversionError(
                 "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
             )
-        return {name: layer for name, layer in model.named_modules() if next(layer.children(), None) is None}
+        return {name: layer for name, layer in model.named_modules() if _is_one_layer(layer) and layer not in inner}
     own, first = type(second).__name__, second.follows
     if any(type(method) is not type(second) for method in methods):
         raise InvalidValueError(f"{own} is a second stage and is given alone, without methods of the first")
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if any(type(noise.method) is first for noise in noises(layer).values())
+        if shows_units(layer) and any(type(noise.method) is first for _, _, noise in noises(layer))
     }
     if not found:
         raise ConversionError(
@@ -189,6 +195,10 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
             f"vardrop.convert(model, vardrop.{first.__name__}()) and train it first"
         )
     return found
+
+
+def _is_one_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
 
 
 def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
@@ -256,21 +266,35 @@ def _last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_convertible(name: str, layer: nn.Module, supported: Collection[type[nn.Module]], *, named: bool) -> bool:
+def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
-    kind = next((kind for kind in supported if isinstance(layer, kind)), None)
-    if kind is not None and isinstance(layer.weight, UninitializedParameter):
+    kind = next((kind for kind in NOISY if isinstance(layer, kind) and (takes_gates(kind) or not gated)), None)
+    weights = [tensor_of(layer, parameter) for parameter in noisy_parameters(layer)] if kind is not None else []
+    if any(isinstance(weight, UninitializedParameter) for weight in weights):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
-    if type(layer) in supported:
+    if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
+        check = UNSUPPORTED.get(type(layer))
+        fault = check(layer) if check else None
+        if fault is not None:
+            raise UnsupportedLayerError(
+                f"layer {name!r} is a {type(layer).__name__}: {fault}, or leave it out with exclude={name!r}"
+            )
         return True
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
     if own or (named and next(layer.parameters(), None) is not None):
         what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
+        if gated and noisy_class(type(layer)) is not None:
+            what = "whose units have no gate, though its weights can have noise"
+        known = _known(gated)
         raise UnsupportedLayerError(
-            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly "
-            f"{', '.join(kind.__name__ for kind in NOISY if kind in supported)}; leave it out with exclude={name!r}"
+            f"layer {name!r} is a {type(layer).__name__}, {what}; supported are exactly {known}; "
+            f"leave it out with exclude={name!r}"
         )
     return False
+
+
+def _known(gated: bool) -> str:
+    return ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
 
 
 def _as_patterns(patterns: Patterns | None) -> tuple[str, ...] | None:
@@ -295,19 +319,29 @@ def _some(layers: Mapping[str, nn.Module]) -> str:
 def _close_fast_paths(model: nn.Module) -> None:
     """A torch encoder layer in eval mode may compute from its weights directly and never call its noisy sublayers.
 
-    Where a sublayer has a forward hook, it calls them.
+    Where a sublayer has a forward hook, it calls them. Around it, a torch encoder packs a padded batch into a nested
+    tensor, which only that direct computation understands.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and next(sites(module), None) is not None:
             module.linear1.register_forward_hook(_call_me)
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and next(sites(module), None):
+            module.use_nested_tensor = False
+            module.register_forward_hook(_stay_padded)
 
 
 def _open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if hook is _call_me:
+            if hook in (_call_me, _stay_padded):
                 del module._forward_hooks[key]
+            if hook is _stay_padded:
+                cast(nn.TransformerEncoder, module).use_nested_tensor = True
 
 
 def _call_me(layer: nn.Module, inputs: Any, output: Any) -> None:
     """Changes nothing; being there is enough."""
+
+
+def _stay_padded(encoder: nn.Module, inputs: Any, output: Any) -> None:
+    """Changes nothing; it marks an encoder that would pack padded batches."""

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vardrop.errors import GraphError
+from vardrop.layers import is_conv1d
 from vardrop.surgery.graph import Graph, as_arguments, read
 from vardrop.surgery.layer_rules import canonical, contribution
 from vardrop.surgery.plan import Alive, Plan, describe, folded, solve
@@ -114,11 +115,20 @@ def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
     small = _living(weights, inputs.view(len(weights), -1), outputs.view(len(weights), -1))
     rows = (small.transpose(1, 2) if layer.transposed else small).flatten(0, 1)
     _put(model, layer.weight, rows.reshape(*rows.shape[:2], *weight.shape[2:]), weight)
-    owner, counts = _owner(model, layer.weight), (int(inputs.sum()), int(outputs.sum()))
+    owner: Any = _owner(model, layer.weight)
+    counts = int(inputs.sum()), int(outputs.sum())
     if isinstance(owner, nn.Linear):
         owner.in_features, owner.out_features = counts
+    elif is_conv1d(type(owner)):
+        owner.nf = counts[1]
+        if hasattr(owner, "nx"):
+            owner.nx = counts[0]
     elif isinstance(owner, _ConvNd):
         owner.in_channels, owner.out_channels, owner.groups = *counts, len(small)
+    elif isinstance(owner, nn.RNNBase) and "weight_hh" in layer.weight:
+        owner.hidden_size = counts[0]
+    elif isinstance(owner, nn.RNNBase) and layer.weight.endswith("weight_ih_l0"):
+        owner.input_size = counts[0]
 
 
 def _living(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:

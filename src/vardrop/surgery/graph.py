@@ -9,6 +9,7 @@ done here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.fx import Graph as Traced
 from torch.fx import Node
 
 from vardrop.errors import GraphError, InvalidValueError
-from vardrop.surgery.layer_rules import convolution, linear
+from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     Balance,
     FixedSize,
@@ -32,6 +33,7 @@ from vardrop.surgery.reading import (
     line_of,
     operation,
 )
+from vardrop.surgery.recurrent_rules import embedding, recurrent
 from vardrop.surgery.rules import RULES
 from vardrop.surgery.units import Value
 
@@ -149,7 +151,8 @@ def read(model: nn.Module, arguments: tuple[Any, ...], *, on_unknown: str, keep_
 def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mapping[str, str]]:
     """The operations of one pass, and the name of the parameter or buffer behind each placeholder."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
             program = torch.export.export(model, arguments, strict=False)
     except Exception as error:
         raise GraphError(
@@ -175,7 +178,7 @@ def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
         _refuse_lost_writes(reading, node)
     rule = RULES.get(name)
     carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
-    if name.startswith("_assert") or not (carrying or rule in (linear, convolution)):
+    if name.startswith("_assert") or not (carrying or rule in (linear, product, convolution, embedding, recurrent)):
         return None
     if rule is not None:
         return rule(reading, node)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from vardrop.layers import is_conv1d
 from vardrop.surgery.reading import Layer, Outcome, Reading, arguments, operation, shape
 from vardrop.surgery.units import Value
 
@@ -33,6 +34,16 @@ def linear(reading: Reading, node: Node) -> Outcome:
     source: Node = given["input"]
     call = _Call(node, source, given["weight"], given["bias"], len(shape(source)) - 1, 1, False, "")
     return _read(reading, call)
+
+
+def product(reading: Reading, node: Node) -> Outcome:
+    """``y = b + x W``: the Conv1D of transformers; any other product of this kind reads all its units at once."""
+    given = arguments(node)
+    source, weight = given["mat1"], given["mat2"]
+    name = reading.state_name(weight)
+    if name is None or not reading.is_plain_call(node, name) or not is_conv1d(type(reading.owner(name))):
+        return reading.stop(node)
+    return _read(reading, _Call(node, source, weight, given["self"], 1, 1, True, ""))
 
 
 def convolution(reading: Reading, node: Node) -> Outcome:

@@ -183,7 +183,11 @@ def _spare_the_last(masks: Mapping[Site, Tensor | None]) -> list[str]:
 def _complain(message: str, on_empty: str) -> None:
     if on_empty == "refuse":
         raise InvalidValueError(f"{message}; lower the bar, or pass on_empty='keep-best'")
-    warnings.warn(f"{message}; the best one is kept", EmptyLayerWarning, stacklevel=4)
+    warnings.warn(
+        f"{message}; the best one is kept (a longer warm-up of the KL, more epochs or a trained start leave more)",
+        EmptyLayerWarning,
+        stacklevel=4,
+    )
 
 
 def _converted(model: nn.Module) -> list[Site]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from vardrop.layers import is_conv1d
 from vardrop.surgery.units import Classes, Value, unknown
 
 Outcome = Value | list[Value | None] | None
@@ -34,8 +35,9 @@ NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+RECURRENT: tuple[type[nn.Module], ...] = (nn.RNN, nn.LSTM, nn.GRU)
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_RESIZABLE = (*LAYERS, *NORMS, nn.PReLU, *_HOLDERS)
+_RESIZABLE = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU, *_HOLDERS)
 _RESIZABLE_BASES = {base for kind in _RESIZABLE for base in kind.__mro__}
 
 
@@ -195,7 +197,12 @@ class Reading:
     def is_plain_call(self, node: Node, name: str) -> bool:
         """Whether `node` is the forward of the torch.nn layer that owns the parameter called `name`."""
         owner = self.owner(name)
-        return self._modules.get(self.caller(node)) is owner and type(owner) in LAYERS
+        return self._modules.get(self.caller(node)) is owner and is_cuttable(type(owner))
+
+
+def is_cuttable(kind: type[nn.Module]) -> bool:
+    """Whether layers of exactly this `kind` can lose inputs and units and stay valid."""
+    return kind in (*LAYERS, *RECURRENT, nn.Embedding) or is_conv1d(kind)
 
 
 def operation(node: Node) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from vardrop.surgery.layer_rules import convolution, linear
+from vardrop.surgery.attention_rules import attention
+from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     NORMS,
     Follower,
@@ -26,6 +27,7 @@ from vardrop.surgery.reading import (
     operation,
     shape,
 )
+from vardrop.surgery.recurrent_rules import embedding, recurrent
 from vardrop.surgery.shape_rules import expand, part, permute, reshape
 from vardrop.surgery.units import Value, unknown
 
@@ -262,12 +264,12 @@ SPATIAL = """
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
 BARRIERS = """
-    layer_norm group_norm rms_norm softmax log_softmax matmul bmm mm mv dot addmm baddbmm addbmm einsum
-    bilinear scaled_dot_product_attention lstm gru rnn_tanh rnn_relu stack unbind topk sort argsort argmax
+    layer_norm group_norm rms_norm softmax log_softmax matmul bmm mm mv dot baddbmm addbmm einsum
+    bilinear stack unbind topk sort argsort argmax
     argmin max min median prod cumsum cumprod norm linalg_vector_norm linalg_norm logsumexp var std var_mean
     std_mean all any index gather scatter take_along_dim masked_select roll flip pixel_shuffle
     pixel_unshuffle channel_shuffle cosine_similarity pairwise_distance cdist cross_entropy_loss nll_loss
-    mse_loss l1_loss cross outer tril triu embedding one_hot fft_fft fft_ifft fft_rfft fft_irfft
+    mse_loss l1_loss cross outer tril triu one_hot fft_fft fft_ifft fft_rfft fft_irfft
     grid_sampler
 """
 
@@ -279,6 +281,7 @@ def _table(rules: Mapping[Rule, str]) -> Mapping[str, Rule]:
 RULES: Mapping[str, Rule] = _table(
     {
         linear: "linear",
+        product: "addmm",
         convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         norm: "batch_norm instance_norm",
         prelu: "prelu",
@@ -294,6 +297,9 @@ RULES: Mapping[str, Rule] = _table(
         chunk: "chunk split split_with_sizes",
         glu: "glu",
         concatenate: "cat concat concatenate",
+        recurrent: "lstm gru rnn_tanh rnn_relu",
+        embedding: "embedding",
+        attention: "scaled_dot_product_attention",
         barrier: BARRIERS,
     }
 )

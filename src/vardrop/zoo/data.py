@@ -16,17 +16,19 @@ from torch import Tensor
 from vardrop.errors import DataError, InvalidValueError, MissingExtraError
 from vardrop.files import replace_file
 from vardrop.zoo.own import call_own, is_own
+from vardrop.zoo.text import classified, running
 
 DATASETS = {"digits": "scikit-learn", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 """Short names, and where the data behind them comes from: scikit-learn, or a Hub data set."""
 
 IMAGE_COLUMNS = ("image", "img")
+TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 DIGITS_SEED = 0
 
 
 class Split(NamedTuple):
-    """Examples and labels: float32 ``(N, *input_shape)`` and int64 ``(N,)``."""
+    """Examples ``(N, *input_shape)``, float32 or, of text, int64; int64 labels ``(N,)``, of each token ``(N, T)``."""
 
     x: Tensor
     y: Tensor
@@ -34,7 +36,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in memory. Images are ``(N, channels, height, width)``, scaled to [0, 1]."""
+    """A data set in memory. Images are ``(N, channels, height, width)``, scaled to [0, 1]; text is token ids."""
 
     name: str
     train: Split
@@ -51,8 +53,11 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     """The data set called `spec`, checked.
 
     Args:
-        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another image data set on the
-            Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``.
+        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another data set on the Hub, or
+            one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A Hub data set
+            holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or texts alone,
+            for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own, int64 inputs
+            stay as they are, such as token ids, all others become float32.
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
             for the Hub itself.
 
@@ -97,9 +102,9 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
     for part, (x, y) in zip(("training", "test"), splits, strict=True):
         outside = (y < 0) | (y >= classes)
         if outside.any():
-            index = int(outside.nonzero()[0])
+            index = int(outside.nonzero()[0, 0])
             raise DataError(
-                f"{part} data of {name!r}: label {int(y[index])} of example {index} is out of range; "
+                f"{part} data of {name!r}: label {int(y[outside][0])} of example {index} is out of range; "
                 f"labels must lie in 0 to {classes - 1}, the largest in the training data"
             )
         if x.shape[1:] != splits[0].x.shape[1:]:
@@ -121,7 +126,8 @@ def _own_splits(spec: str) -> tuple[Split, Split]:
 
 
 def _own_split(x: Any, y: Any) -> Split:
-    return Split(torch.as_tensor(x).float(), torch.as_tensor(y).long())
+    x = torch.as_tensor(x)
+    return Split(x if x.dtype == torch.int64 else x.float(), torch.as_tensor(y).long())
 
 
 def _digits() -> tuple[Split, Split]:
@@ -156,7 +162,24 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
         ) from error
     if not {"train", "test"} <= set(found):
         raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have train and test")
-    return _decoded(name, found["train"]), _decoded(name, found["test"])
+    columns = set(found["train"].column_names)
+    column = next((column for column in TEXT_COLUMNS if column in columns), None)
+    if column is None:
+        return _decoded(name, found["train"]), _decoded(name, found["test"])
+    texts = found["train"][column], found["test"][column]
+    if columns == {column}:
+        fit, test = running(name, *texts)
+        return Split(*fit), Split(*test)
+    label = next((label for label in LABEL_COLUMNS if label in columns), None)
+    if label is None:
+        raise DataError(
+            f"data {name!r} has the columns {', '.join(sorted(columns))}: beside {column} there must be a label column "
+            f"({' or '.join(LABEL_COLUMNS)}), or nothing"
+        )
+    inputs = classified(*texts)
+    labels = (torch.tensor(found[part][label], dtype=torch.int64) for part in ("train", "test"))
+    fit, test = (Split(x, y) for x, y in zip(inputs, labels, strict=True))
+    return fit, test
 
 
 def _decoded(name: str, table: Any) -> Split:

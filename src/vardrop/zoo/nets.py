@@ -6,13 +6,15 @@ import difflib
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vardrop.errors import DataError, InvalidValueError
 from vardrop.zoo.data import Data
 from vardrop.zoo.own import call_own, is_own
+from vardrop.zoo.text import VOCABULARY
 
 Shape = tuple[int, ...]
 Builder = Callable[[Shape, int, str], nn.Module]
@@ -100,6 +102,56 @@ def vgg_like(input_shape: Shape, num_classes: int, option: str = "") -> nn.Modul
     return nn.Sequential(*layers)
 
 
+class CharLSTM(nn.Module):
+    """One LSTM over one-hot characters and a dense layer: logits ``(N, characters, T)`` of the next ones.
+
+    Source: arXiv:1708.00077, section 4.2.
+    """
+
+    def __init__(self, characters: int, units: int) -> None:
+        super().__init__()
+        self.register_buffer("one_hot", torch.eye(characters), persistent=False)
+        self.lstm = nn.LSTM(characters, units, batch_first=True)
+        self.output = nn.Linear(units, characters)
+        nn.init.orthogonal_(cast(Tensor, self.lstm.weight_hh_l0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for int64 ids ``(N, T)``."""
+        states, _ = self.lstm(torch.nn.functional.embedding(x, cast(Tensor, self.one_hot)))
+        logits: Tensor = self.output(states)
+        return logits.transpose(1, 2)
+
+
+class WordLSTM(nn.Module):
+    """An embedding of words, one LSTM, and a dense layer on its last state: logits ``(N, classes)``.
+
+    Source: arXiv:1708.00077, section 4.1.
+    """
+
+    def __init__(self, classes: int, units: int, width: int = 300) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.lstm = nn.LSTM(width, units, batch_first=True)
+        self.output = nn.Linear(units, classes)
+        nn.init.orthogonal_(cast(Tensor, self.lstm.weight_hh_l0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for int64 ids ``(N, T)``."""
+        states, _ = self.lstm(self.embedding(x))
+        logits: Tensor = self.output(states[:, -1])
+        return logits
+
+
+def char_lstm(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
+    """The next character from one LSTM: ``char-lstm-256`` has 256 units."""
+    return CharLSTM(num_classes, int(_number("char-lstm", option, "a number of units such as char-lstm-256")))
+
+
+def word_lstm(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
+    """The class of a text from one LSTM over its embedded words: ``word-lstm-128`` has 128 units."""
+    return WordLSTM(num_classes, int(_number("word-lstm", option, "a number of units such as word-lstm-128")))
+
+
 NETS: dict[str, Builder] = {
     "lenet-300-100": lenet_300_100,
     "lenet-500-300": lenet_500_300,
@@ -107,15 +159,18 @@ NETS: dict[str, Builder] = {
     "mlp": mlp,
     "conv-small": conv_small,
     "vgg-like": vgg_like,
+    "char-lstm": char_lstm,
+    "word-lstm": word_lstm,
 }
-TAKE_OPTION = ("mlp", "conv-small")
+TAKE_OPTION = ("mlp", "conv-small", "char-lstm", "word-lstm")
 
 
 def build_net(spec: str, *, input_shape: Shape, num_classes: int) -> nn.Module:
     """The network called `spec` for inputs of `input_shape` (without the batch) and so many classes.
 
     Args:
-        spec: a name from ``NETS``, ``mlp-WIDTH``, ``conv-small-SCALE``, or one's own ``file.py:function``, which is
+        spec: a name from ``NETS``, with an option behind it where it takes one, such as ``mlp-340``,
+            ``conv-small-1.5``, ``char-lstm-256`` and ``word-lstm-128``, or one's own ``file.py:function``, which is
             called with whichever of ``input_shape`` and ``num_classes`` it takes.
 
     Raises:
@@ -165,10 +220,11 @@ def check_fits(spec: str, net: nn.Module, data: Data) -> None:
         ) from error
     finally:
         net.train(training)
-    if output.shape != (1, data.num_classes):
+    wanted = (1, data.num_classes, *data.train.y.shape[1:])
+    if output.shape != wanted:
         raise DataError(
             f"net {spec!r} gives outputs of shape {tuple(output.shape)} for one example of {data.name!r}: "
-            f"must be (1, {data.num_classes}), one logit for each class"
+            f"must be {wanted}, one logit for each class"
         )
 
 

@@ -1,0 +1,209 @@
+"""The front of error against size: a search over the hyper-parameters of a method, on Optuna."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from vardrop.compress import Job, Listeners, compress
+from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
+from vardrop.files import replace_file
+from vardrop.train import Schedule
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+FRONT = "front.json"
+PICTURE = "front.png"
+Against = Literal["compression", "flops"]
+Value = bool | float | str
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a field may be: a number between two ends, on a log scale or not, or one of several values."""
+
+    low: float = math.nan
+    high: float = math.nan
+    log: bool = False
+    choices: tuple[Value, ...] = ()
+
+    def suggest(self, trial: Trial, field: str) -> Value:
+        """A value for `field` in this trial."""
+        if self.choices:
+            chosen: Any = trial.suggest_categorical(field, self.choices)
+            return cast(Value, chosen)
+        return trial.suggest_float(field, self.low, self.high, log=self.log)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished trial: where its run lies, what it tried, and what came of it on the validation data."""
+
+    run: str
+    values: dict[str, Any]
+    error: float
+    size: float
+
+
+def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
+    """The ranges that texts such as ``init_log_std=-8:-2``, ``kl_factor=0.1:10:log`` and ``rule=snr,magnitude`` name.
+
+    Raises:
+        InvalidValueError: there are none, a field is neither of the method nor of the schedule, or a range is empty.
+
+    >>> from vardrop.sweep import parse_search
+    >>> from vardrop.compress import Job
+    >>> from vardrop.train import Schedule
+    >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
+    10.0
+    """
+    known = [field.name for part in (job.method, job.schedule) for field in fields(part)]
+    if not settings:
+        raise InvalidValueError(f"nothing to search: give --search field=low:high with a field of: {', '.join(known)}")
+    found = {}
+    for setting in settings:
+        field, sign, text = setting.partition("=")
+        if not sign or field not in known:
+            raise InvalidValueError(
+                f"--search {setting!r}: must be field=low:high, field=low:high:log or field=one,two with a field of: "
+                f"{', '.join(known)}"
+            )
+        found[field] = _range(setting, text)
+    return found
+
+
+def sweep(
+    job: Job,
+    search: Mapping[str, Range],
+    folder: Path,
+    *,
+    trials: int,
+    against: Against = "compression",
+    storage: str | None = None,
+    listeners: Listeners | None = None,
+    on_trial: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
+    """Runs `job` with other hyper-parameters until the study holds `trials` finished trials; gives its front.
+
+    The front is the trials that no other beats in both: the error of the pruned net on the validation data, and its
+    size. Each trial is a run in `folder` of its own. Started again, a study goes on, and a trial that was broken off
+    is taken up from its checkpoint. Several processes, on several machines, may share one `storage` that is a server;
+    the file in `folder` is for one process at a time.
+
+    Args:
+        job: what is run; must set validation data apart.
+        search: what is varied, by field of the method or of the schedule.
+        folder: where the runs, ``front.json`` and ``front.png`` go.
+        trials: how many finished trials the study is to have.
+        against: size by ``"compression"`` of weights, or by ``"flops"`` of the small net.
+        storage: where Optuna keeps the study, a URL; an SQLite file in `folder` by default.
+        listeners: told of the progress of each run.
+        on_trial: told of each finished trial.
+
+    Raises:
+        InvalidValueError: no validation data, nothing to search, or an unknown measure of size.
+    """
+    if job.validation < 1:
+        raise InvalidValueError("validation=0: a search chooses by validation data, so some must be set apart")
+    if trials < 1:
+        raise InvalidValueError(f"trials={trials}: must be at least 1")
+    if against not in get_args(Against):
+        raise InvalidValueError(f"against={against!r}: must be one of {', '.join(get_args(Against))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    study, finished = _study(job, folder, against, storage)
+
+    def objective(trial: Trial) -> tuple[float, float]:
+        chosen = {field: span.suggest(trial, field) for field, span in search.items()}
+        run = folder / _run_name(chosen)
+        result = compress(_with(job, chosen), run, listeners=listeners)
+        size = result["compacted"]["flops"] if against == "flops" else result["pruned"]["compression"]
+        point = Point(run.name, chosen, result["pruned"]["valid_error"], size)
+        trial.set_user_attr("run", run.name)
+        on_trial(point)
+        return point.error, point.size
+
+    study.optimize(objective, callbacks=[finished(trials)], catch=(TrainingError,))
+    points = [_point(trial) for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    front = sorted((_point(trial) for trial in study.best_trials), key=lambda point: point.error)
+    _keep(folder, points, front, against)
+    return front
+
+
+def _study(job: Job, folder: Path, against: Against, storage: str | None) -> tuple[Study, Callable[[int], Any]]:
+    """The study, made or taken up, and what stops it after so many finished trials."""
+    try:
+        import optuna
+        from optuna.study import MaxTrialsCallback
+        from optuna.trial import TrialState
+    except ImportError as error:
+        raise MissingExtraError("the search", "sweep") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=f"{job.net} {job.data} {job.method.command_name()} {against}",
+        storage=storage or f"sqlite:///{(folder / 'study.db').resolve()}",
+        directions=["minimize", "minimize" if against == "flops" else "maximize"],
+        load_if_exists=True,
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=job.schedule.seed + len(study.get_trials()))
+    if storage is None:
+        for broken_off in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(broken_off.number, state=TrialState.FAIL)
+            study.enqueue_trial(broken_off.params)
+    return study, lambda trials: MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+
+
+def _with(job: Job, chosen: Mapping[str, Any]) -> Job:
+    """`job` with other values in its method and its schedule."""
+    own = {field.name for field in fields(job.method)}
+    whole = {field.name for field in fields(Schedule) if field.type == "int"}
+    schedule = {field: round(value) if field in whole else value for field, value in chosen.items() if field not in own}
+    method = {field: value for field, value in chosen.items() if field in own}
+    return replace(job, method=replace(job.method, **method), schedule=replace(job.schedule, **schedule))
+
+
+def _run_name(chosen: Mapping[str, Any]) -> str:
+    """The same for the same values, so that a trial given again finds its checkpoint."""
+    return f"run-{hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def _range(setting: str, text: str) -> Range:
+    if ":" not in text:
+        return Range(choices=tuple(_value(part) for part in text.split(",")))
+    low, high, *rest = (_value(part) for part in text.split(":"))
+    ends = isinstance(low, float) and isinstance(high, float) and low < high
+    if not ends or rest not in ([], ["log"]) or (rest and not (isinstance(low, float) and low > 0)):
+        raise InvalidValueError(
+            f"--search {setting!r}: must be low:high with low below high, and low above 0 where :log follows"
+        )
+    return Range(float(low), float(high), log=bool(rest))
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _point(trial: Any) -> Point:
+    error, size = trial.values
+    return Point(trial.user_attrs["run"], dict(trial.params), error, size)
+
+
+def _keep(folder: Path, points: list[Point], front: list[Point], against: Against) -> None:
+    from vardrop.report.figures import trade_off
+
+    stored = {"against": against, "front": [vars(point) for point in front], "all": [vars(point) for point in points]}
+    replace_file(folder / FRONT, lambda path: path.write_text(json.dumps(stored, indent=1)))
+    figure = trade_off(
+        [(point.size, point.error) for point in points], [(point.size, point.error) for point in front], against
+    )
+    replace_file(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=150, bbox_inches="tight"))

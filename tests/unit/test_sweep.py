@@ -1,0 +1,89 @@
+"""The search: its ranges, what it refuses, the front it finds, and that it goes on where it stood."""
+
+import json
+import math
+
+import pytest
+
+import vardrop as vd
+from vardrop.compress import Job
+from vardrop.errors import InvalidValueError
+from vardrop.sweep import FRONT, PICTURE, Range, parse_search, sweep
+from vardrop.train import Schedule
+
+SCHEDULE = Schedule(epochs=2, decay_from=1, warmup_start=0, warmup_epochs=1)
+JOB = Job("mlp-20", "digits", vd.ARD(), SCHEDULE, validation=300)
+
+
+def test_ranges_are_read():
+    found = parse_search(["threshold=1e-3:1e-1:log", "rule=snr,magnitude", "train_clip=true,false"], JOB)
+    assert found["threshold"] == Range(1e-3, 1e-1, log=True)
+    assert found["rule"].choices == ("snr", "magnitude") and found["train_clip"].choices == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("depth=1:2", "with a field of: rule"),
+        ("threshold", "must be field=low:high"),
+        ("threshold=2:1", "low below high"),
+        ("threshold=0:1:log", "low above 0"),
+        ("threshold=1:2:linear", "must be low:high"),
+        ("threshold=a:b", "must be low:high"),
+    ],
+)
+def test_what_is_no_range_is_refused(setting, message):
+    with pytest.raises(InvalidValueError, match=message):
+        parse_search([setting], JOB)
+
+
+def test_it_refuses_what_it_cannot_judge(tmp_path):
+    with pytest.raises(InvalidValueError, match="nothing to search"):
+        parse_search([], JOB)
+    search = {"threshold": Range(0.001, 0.1)}
+    with pytest.raises(InvalidValueError, match="validation=0"):
+        sweep(Job("mlp-20", "digits", vd.ARD(), SCHEDULE), search, tmp_path, trials=1)
+    with pytest.raises(InvalidValueError, match="trials=0"):
+        sweep(JOB, search, tmp_path, trials=0)
+    with pytest.raises(InvalidValueError, match="against='size'"):
+        sweep(JOB, search, tmp_path, trials=1, against="size")
+
+
+@pytest.mark.parametrize("against", ["compression", "flops"])
+def test_the_front_is_what_no_trial_beats_and_a_study_goes_on(tmp_path, against):
+    pytest.importorskip("optuna")
+    search = parse_search(["threshold=0.001:0.3:log", "epochs=1:3"], JOB)
+    seen = []
+    sweep(JOB, search, tmp_path, trials=2, against=against, on_trial=seen.append)
+    front = sweep(JOB, search, tmp_path, trials=4, against=against, on_trial=seen.append)
+    stored = json.loads((tmp_path / FRONT).read_text())
+    assert len(seen) == len(stored["all"]) == 4 and len({point.run for point in seen}) == 4
+    better = min if against == "flops" else max
+    for point in seen:
+        rivals = [
+            other for other in seen if other.error <= point.error and better(other.size, point.size) == other.size
+        ]
+        beaten = any((other.error, other.size) != (point.error, point.size) for other in rivals)
+        assert (point in front) != beaten
+    config = json.loads((tmp_path / seen[0].run / "config.json").read_text())
+    assert config["method"]["threshold"] == seen[0].values["threshold"]
+    assert config["schedule"]["epochs"] == round(seen[0].values["epochs"])
+    assert (tmp_path / PICTURE).stat().st_size > 1000 and math.isfinite(front[0].error)
+
+
+def test_a_trial_that_was_broken_off_is_taken_up_again(tmp_path):
+    pytest.importorskip("optuna")
+    search = parse_search(["threshold=0.001:0.3:log"], JOB)
+
+    class Cut(BaseException):
+        pass
+
+    def cut(point):
+        raise Cut
+
+    with pytest.raises(Cut):
+        sweep(JOB, search, tmp_path, trials=1, on_trial=cut)
+    (run,) = tmp_path.glob("run-*")
+    seen = []
+    sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
+    assert [point.run for point in seen] == [run.name]
