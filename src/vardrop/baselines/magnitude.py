@@ -60,7 +60,7 @@ class MagnitudePruning(Method):
     def sparsity_at(self, epoch: int) -> float:
         """The share of dead weights during an epoch."""
         done = min(self.rounds, (epoch - self.start) // self.every + 1) if epoch >= self.start else 0
-        return 1.0 - (1.0 - self.sparsity) ** (done / self.rounds)
+        return 1.0 - float((1.0 - self.sparsity) ** (done / self.rounds))
 
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
         wanted = self.sparsity_at(epoch)
