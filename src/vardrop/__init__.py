@@ -6,6 +6,7 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 from vardrop import functional as functional
 from vardrop import warmup as warmup
 from vardrop.cite import cite as cite
+from vardrop.compare import measure as measure
 from vardrop.elbo import ELBO as ELBO
 from vardrop.elbo import kl as kl
 from vardrop.export import export_onnx as export_onnx
