@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluate", "sweep"},
     {"compress"},
     {"train", "zoo", "report"},
-    {"fast"},
+    {"fast", "compare"},
     {"elbo", "predict", "measure", "io", "export", "cite"},
     {"surgery"},
     {"sites"},

@@ -9,6 +9,7 @@ from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
 from vardrop.baselines import baselines as baselines
 from vardrop.cite import cite as cite
+from vardrop.compare import measure as measure
 from vardrop.elbo import ELBO as ELBO
 from vardrop.elbo import kl as kl
 from vardrop.export import export_onnx as export_onnx

@@ -213,6 +213,21 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    run: RunArgument,
+    data_root: DataRoot = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each net; the median counts")] = 200,
+    onnx: Annotated[bool, typer.Option(help="Time the nets in onnxruntime too")] = True,
+) -> None:
+    """Weigh and time the small net of a run beside the original, and keep the figures in RUN/measure.json."""
+    from vardrop.evaluate import measure_run
+
+    console.print(
+        str(measure_run(run, data_root=data_root, repeats=repeats, onnx=onnx)), highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="The ONNX file to write")],

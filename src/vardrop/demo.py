@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vardrop.compare import onnx_call
 from vardrop.compress import ORIGINAL, RUN, Job, Listeners, compress
 from vardrop.errors import MissingExtraError
 from vardrop.evaluate import load_small
@@ -56,7 +56,7 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
     for name, net in nets.items():
         export_onnx(net, files[name], example_inputs=example)
     in_torch = latencies(nets, example)
-    in_onnx = latencies({name: _onnx_runner(path, example) for name, path in files.items()})
+    in_onnx = latencies({name: onnx_call(path, example) for name, path in files.items()})
     rows = {}
     for name, figures in (("original", run["original"]), ("small", run["compacted"])):
         rows[name] = {
@@ -67,19 +67,6 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
         }
     replace_file(folder / "demo.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     return Shown(rows, run["compacted"]["largest_difference"], picture=_draw(folder, rows), page=_page(folder))
-
-
-def _onnx_runner(path: Path, example: torch.Tensor) -> Callable[[], object]:
-    """A call of onnxruntime on one core, ready to be timed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("running ONNX files", "onnx") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    runner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {runner.get_inputs()[0].name: example.numpy()}
-    return lambda: runner.run(None, feed)
 
 
 def _page(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A finished run taken up again: its figures anew, its small net as ONNX."""
+"""A finished run taken up again: its figures anew, what its small net saves, its small net as ONNX."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vardrop.compress import NOISY, RUN, SMALL, error_and_nll
+from vardrop.compare import Measured, measure
+from vardrop.compress import NOISY, ORIGINAL, RUN, SMALL, error_and_nll
 from vardrop.errors import StorageError
 from vardrop.export import export_onnx
+from vardrop.files import replace_file
 from vardrop.io import load
 from vardrop.predict import predict
 from vardrop.zoo import Data, Split, build_net, load_data
 
 BATCH = 1000
+MEASURED = "measure.json"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -54,6 +57,26 @@ def evaluate(folder: Path, *, data_root: Path | None, samples: int = 20) -> dict
     return rows
 
 
+def measure_run(folder: Path, *, data_root: Path | None = None, repeats: int = 200, onnx: bool = True) -> Measured:
+    """Weighs and times the small net of the run in `folder` beside the original; written to ``measure.json`` there.
+
+    A run that keeps no plain original is measured against the net built anew: sizes and times depend on shapes alone.
+    """
+    data = _data(folder, data_root)
+    stored = (folder / ORIGINAL).is_dir()
+    original = _load(folder, ORIGINAL, data) if stored else _build(folder, data).eval()
+    found = measure(
+        original,
+        load_small(folder, data),
+        example_inputs=data.test.x[:128],
+        repeats=repeats,
+        engines=("torch", "onnxruntime") if onnx else ("torch",),
+    )
+    text = json.dumps(found.record, indent=1, allow_nan=False)
+    replace_file(folder / MEASURED, lambda path: path.write_text(text))
+    return found
+
+
 def export(folder: Path, path: Path, *, data_root: Path | None = None) -> None:
     """Writes the small net of the run in `folder` to the ONNX file `path`."""
     data = _data(folder, data_root)
@@ -75,7 +98,8 @@ def _data(folder: Path, data_root: Path | None) -> Data:
 
 
 def _load(folder: Path, part: str, data: Data) -> nn.Module:
-    net = read_run(folder)["config"]["net"]
-    return load(
-        folder / part, lambda: build_net(net, input_shape=data.input_shape, num_classes=data.num_classes)
-    ).eval()
+    return load(folder / part, lambda: _build(folder, data)).eval()
+
+
+def _build(folder: Path, data: Data) -> nn.Module:
+    return build_net(read_run(folder)["config"]["net"], input_shape=data.input_shape, num_classes=data.num_classes)

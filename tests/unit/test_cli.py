@@ -83,6 +83,31 @@ def test_evaluate_export_and_report_work_on_the_finished_run(finished, tmp_path)
     assert "not recorded" not in page
 
 
+def test_measure_prints_sizes_and_times_and_keeps_them_beside_the_run(finished):
+    folder, _ = finished
+    done = vardrop("measure", folder, "--repeats", 3)
+    assert done.returncode == 0, done.stderr
+    run, record = read_run(folder), json.loads((folder / "measure.json").read_text())
+    assert [record["parameters"][name] for name in ("original", "small")] == [
+        run[part]["parameters"] for part in ("original", "compacted")
+    ]
+    assert f"{record['flops']['original']:,}" in done.stdout and "microseconds, onnxruntime, batch 128" in done.stdout
+    assert len(record) == 5 + 2 * 2 * 2
+
+
+def test_measure_builds_the_net_anew_where_a_run_keeps_no_original(finished, tmp_path):
+    folder, _ = finished
+    for name in ("small", "run.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    done = vardrop("measure", tmp_path, "--repeats", 1, "--no-onnx")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "measure.json").read_text())
+    assert record["parameters"]["original"] == 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
+    assert len(record) == 5 + 2 * 2
+    gone = vardrop("measure", tmp_path / "nowhere")
+    assert gone.returncode == 1 and "must be the folder of a finished" in gone.stderr
+
+
 def test_a_report_says_what_is_missing_and_escapes_names(finished, tmp_path):
     folder, _ = finished
     run = read_run(folder)

@@ -18,9 +18,10 @@ from vardrop.noise import Layout, Noise, SplicedWeights
 class DynamicNetworkSurgery(Method):
     """Dynamic network surgery: weights below one threshold die, above a second one they come back, as training goes.
 
-    For trained nets: with ``t = mean|w| + c std|w|`` of the layer at its conversion, a weight is dead below ``a = (1 - margin) t``,
-    alive from ``b = (1 + margin) t`` on, and stays as it was between. All weights get the gradient of the pruned net,
-    the dead ones too. The masks change at training step ``i`` with probability ``(1 + gamma i)^(-power)``.
+    For trained nets: with ``t = mean|w| + c std|w|`` of the layer at its conversion, a weight is dead below
+    ``a = (1 - margin) t``, alive from ``b = (1 + margin) t`` on, and stays as it was between. All weights get the
+    gradient of the pruned net, the dead ones too. The masks change at training step ``i`` with probability
+    ``(1 + gamma i)^(-power)``.
     A threshold given to :func:`vardrop.prune` is a factor on both thresholds.
 
     Args:
