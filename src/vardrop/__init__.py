@@ -30,6 +30,7 @@ from vardrop.methods import SparseVD as SparseVD
 from vardrop.methods import StructuredBP as StructuredBP
 from vardrop.methods import StructuredVBD as StructuredVBD
 from vardrop.methods import StudentT as StudentT
+from vardrop.methods import VarianceNetwork as VarianceNetwork
 from vardrop.methods import VariationalDropout as VariationalDropout
 from vardrop.methods import methods as methods
 from vardrop.predict import noise as noise

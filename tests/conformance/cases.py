@@ -122,6 +122,12 @@ VARIANTS = {
     # its quiet pass is the mean of the draws only where the clip of its input-dependent part does not act
     "dependent-beta-bernoulli": vd.DependentBetaBernoulli(init_shift=0.5, init_std=1e-3, threshold=0.0),
     "dependent-beta-bernoulli-input": vd.DependentBetaBernoulli(place="input", init_shift=2.0, init_std=1e-3),
+    "variance-network-layer": vd.VarianceNetwork(parameterisation="layer"),
+    "variance-network-input": vd.VarianceNetwork(parameterisation="input"),
+    "variance-network-output": vd.VarianceNetwork(parameterisation="output", init_log_alpha=12.0),
+    "variance-network-weight": vd.VarianceNetwork(parameterisation="weight"),
+    "variance-network-additive": vd.VarianceNetwork(parameterisation="additive"),
+    "variance-network-weight-sampling": vd.VarianceNetwork(sampling="weight"),
     "gaussian-dropout-on-inputs": vd.GaussianDropout(on="inputs"),
     "variational-dropout-on-inputs": vd.VariationalDropout(on="inputs", alpha="input"),
     "structured-bp-input": vd.StructuredBP(place="input", draws="example", init_log_sigma=-1.0),

@@ -8,7 +8,7 @@ from cases import LAYERS, VARIANTS, convert
 
 import vardrop as vd
 from vardrop.layers import shows_units
-from vardrop.noise import DependentGate, Gate
+from vardrop.noise import DependentGate, Gate, ZeroMeanNoise
 
 PAIRS = {
     f"{layer}-{name}": (case, method)
@@ -20,7 +20,11 @@ pytestmark = pytest.mark.parametrize(("case", "method"), PAIRS.values(), ids=PAI
 
 
 def gated(plain, net, x):
-    """The plain net's output with the means of the gates of `net` multiplied in by hand."""
+    """The plain net's output with the means of the gates of `net` multiplied in by hand, and of weights without."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    for site in vd.sites(net):
+        if isinstance(site.noise, ZeroMeanNoise):
+            torch.nn.init.zeros_(plain.get_parameter(names[site.weight]))
     for gate in (site.noise for site in vd.sites(net) if isinstance(site.noise, Gate)):
         if not shows_units(plain[0]):
             plain[0].weight.data *= gate.mean().detach().view((-1, 1) if gate.place == "input" else (1, -1))

@@ -12,6 +12,7 @@ from vardrop.methods.sparse_vd import SparseVD as SparseVD
 from vardrop.methods.structured_bp import StructuredBP as StructuredBP
 from vardrop.methods.structured_vbd import StructuredVBD as StructuredVBD
 from vardrop.methods.student_t import StudentT as StudentT
+from vardrop.methods.variance import VarianceNetwork as VarianceNetwork
 from vardrop.methods.variational import VariationalDropout as VariationalDropout
 from vardrop.methods.vbd import VBD as VBD
 

@@ -46,6 +46,8 @@ class Method:
     paper: ClassVar[Paper]
     follows: ClassVar[type[Method] | None] = None
     """The method of the stage before this one, if there is one."""
+    by_ensemble: ClassVar[bool] = False
+    """Whether a trained net may know nothing in a quiet pass, so that only :func:`vardrop.predict` shows its worth."""
     default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
 
     @classmethod

@@ -18,3 +18,4 @@ from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise
 from vardrop.noise.weight import WeightNoise as WeightNoise
+from vardrop.noise.weight import ZeroMeanNoise as ZeroMeanNoise

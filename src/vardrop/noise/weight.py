@@ -24,6 +24,10 @@ class WeightNoise(Noise):
         super().__init__()
         self.sampling: Sampling = sampling
 
+    def mean(self, weight: Tensor) -> Tensor:
+        """Posterior mean of each weight: what it is in a quiet pass."""
+        return weight
+
     def variance(self, weight: Tensor) -> Tensor:
         """Posterior variance of each weight; broadcasts to `weight`."""
         raise NotImplementedError(f"{type(self).__name__} must give the variance of its weights")
@@ -34,7 +38,7 @@ class WeightNoise(Noise):
 
     def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
         """The mean of each weight in a noisy pass."""
-        return weight
+        return self.mean(weight)
 
     def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each weight in a noisy pass, zero where it is dead."""
@@ -43,13 +47,16 @@ class WeightNoise(Noise):
 
     def sample_weight(self, weight: Tensor) -> Tensor:
         if not self.active:
-            return self.masked(weight)
+            return self.masked(self.mean(weight))
         variance = self.variance(weight)
         return self.masked(draw_weight(self.noisy_mean(weight, variance), variance, generator=self.generator))
 
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.masked(self.mean(weight)), bias
+
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.active:
-            return operation(x, self.masked(weight), bias)
+            return operation(x, self.masked(self.mean(weight)), bias)
         mean, variance = self.moments(weight)
         if self.sampling == "weight":
             return weight_sample(operation, x, mean, variance, bias, generator=self.generator)
@@ -167,6 +174,22 @@ class MultiplicativeNoise(WeightNoise):
         """Values that belong to the shared alphas, one for each weight."""
         each = shared if self.repeats == 1 else shared.repeat_interleave(self.repeats, dim=0)
         return each.expand(weight.shape)
+
+
+class ZeroMeanNoise(WeightNoise):
+    """``w = weight * eps``: the mean is zero, and the host's own weight is the standard deviation, of either sign.
+
+    This is :class:`MultiplicativeNoise` in the limit of an infinite alpha, with ``sqrt(alpha)`` taken into the weight.
+    """
+
+    def mean(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(weight)
+
+    def variance(self, weight: Tensor) -> Tensor:
+        return at_least_float32(weight).square()
+
+    def log_alpha(self, weight: Tensor) -> Tensor:
+        return torch.full_like(at_least_float32(weight.detach()), math.inf)
 
 
 def _shared_shape(weight: Tensor, layout: Layout, sharing: Sharing) -> tuple[int, ...]:
