@@ -65,6 +65,15 @@ def test_digits_are_stratified_and_scaled():
     assert data.test.y.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
 
 
+def test_random_labels_are_a_lot_that_falls_the_same_each_time():
+    digits, by_lot, again = (load_data(name) for name in ("digits", *["digits:random-labels"] * 2))
+    assert torch.equal(by_lot.train.x, digits.train.x)
+    assert torch.equal(by_lot.train.y, again.train.y)
+    assert by_lot.num_classes == 10
+    agreeing = (by_lot.train.y == digits.train.y).float().mean()
+    assert abs(agreeing - 0.1) < 4 * (0.09 / len(digits.train.y)) ** 0.5
+
+
 def write_own(
     path, train_x="torch.rand(6, 4)", train_y="[0, 1, 2, 0, 1, 2]", test_x="torch.rand(3, 4)", test_y="[0, 1, 2]"
 ):

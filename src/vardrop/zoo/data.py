@@ -25,6 +25,8 @@ IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 DIGITS_SEED = 0
+LABELS_SEED = 0
+RANDOM_LABELS = ":random-labels"
 
 
 class Split(NamedTuple):
@@ -57,7 +59,9 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
             one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A Hub data set
             holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or texts alone,
             for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own, int64 inputs
-            stay as they are, such as token ids, all others become float32.
+            stay as they are, such as token ids, all others become float32. Behind the name of a data set,
+            ``:random-labels`` gives each example a label by lot, so that there is nothing to learn but by heart
+            (arXiv:1701.05369, section 5.4).
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
             for the Hub itself.
 
@@ -68,6 +72,8 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     >>> load_data("digits").train.x.shape
     torch.Size([1437, 1, 8, 8])
     """
+    if spec.endswith(RANDOM_LABELS):
+        return _with_random_labels(spec, load_data(spec.removesuffix(RANDOM_LABELS), data_root=data_root))
     if is_own(spec):
         return _checked(spec, _own_splits(spec))
     if spec == "digits":
@@ -86,6 +92,15 @@ def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Spl
     order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(seed))
     apart, rest = order[:count], order[count:]
     return Split(split.x[rest], split.y[rest]), Split(split.x[apart], split.y[apart])
+
+
+def _with_random_labels(spec: str, data: Data) -> Data:
+    generator = torch.Generator().manual_seed(LABELS_SEED)
+    splits = (
+        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
+        for split in (data.train, data.test)
+    )
+    return Data(spec, *splits, data.num_classes)
 
 
 def _checked(name: str, splits: tuple[Split, Split]) -> Data:
