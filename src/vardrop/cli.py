@@ -261,7 +261,11 @@ def list_methods() -> None:
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
     console.print("[bold]Networks:[/bold] " + ", ".join(NETS) + ", or your own: file.py:function")
-    console.print("[bold]Data:[/bold] " + ", ".join(DATASETS) + ", another Hub id, or your own: file.py:function; NAME:random-labels")
+    console.print(
+        "[bold]Data:[/bold] "
+        + ", ".join(DATASETS)
+        + ", another Hub id, or your own: file.py:function; NAME:random-labels"
+    )
 
 
 @app.command()
