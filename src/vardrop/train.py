@@ -94,6 +94,7 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
+    def to(self, device: torch.device) -> None: ...
 
 
 @dataclass
@@ -155,6 +156,7 @@ def train(
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
     """
     accelerator = _accelerator(folder)
+    batches.to(accelerator.device)
     optimizer = schedule.optimizer(net)
     shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
     elbo = schedule.elbo(num_data)

@@ -199,6 +199,21 @@ def test_the_order_of_batches_follows_from_seed_and_epoch_alone():
     assert [y.tolist() for _, y in again] != first
 
 
+def test_all_examples_stay_on_the_device_where_they_find_room():
+    batches = Batches(Split(torch.arange(10.0), torch.arange(10)), 4, seed=3)
+    batches.to(torch.device("meta"))
+    assert {part.device.type for batch in batches for part in batch} == {"meta"}
+
+    class TooLarge(torch.Tensor):
+        def to(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no room")
+
+    large = Split(torch.arange(10.0).as_subclass(TooLarge), torch.arange(10))
+    batches = Batches(large, 4, seed=3)
+    batches.to(torch.device("meta"))
+    assert batches.split is large
+
+
 def test_a_validation_split_takes_examples_away_from_training():
     split = Split(torch.arange(10.0), torch.arange(10))
     rest, apart = validation_split(split, 3, seed=0)

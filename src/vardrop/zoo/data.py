@@ -96,11 +96,11 @@ def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Spl
 
 def _with_random_labels(spec: str, data: Data) -> Data:
     generator = torch.Generator().manual_seed(LABELS_SEED)
-    splits = (
+    train, test = (
         Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
         for split in (data.train, data.test)
     )
-    return Data(spec, *splits, data.num_classes)
+    return Data(spec, train, test, data.num_classes)
 
 
 def _checked(name: str, splits: tuple[Split, Split]) -> Data:
