@@ -89,7 +89,8 @@ def shrink(
     with torch.no_grad():
         small = {name: _laid_like(cut(tensor), tensor) for name, (tensor, cut) in cuts.items()}
         for name, added in _constants(marked, graph, alive):
-            small[name] += added.to(small[name])
+            bias = small.get(name, model.get_parameter(name))
+            bias += added.to(bias)
         _replace(model, optimizer, cuts, small)
     for part in graph.parts:
         if isinstance(part, Layer):
@@ -110,16 +111,19 @@ def _check_model(model: nn.Module) -> None:
             f"the model is wrapped in {type(model).__name__}: shrink the model inside and wrap it anew"
         )
     for site in found:
-        own = type(site.method).__name__
-        if type(site.method).step is not Method.step:
-            raise ConversionError(
-                f"layer {site.name!r}: {own} moves its marks itself while it trains, counted on whole layers, so none "
-                "is dead for good; call vardrop.compact after the training"
-            )
-        if site.method.by_ensemble:
-            raise ConversionError(
-                f"layer {site.name!r}: {own} holds what it knows in its variances, so no unit is dead"
-            )
+        obstacle = why_whole(site.method)
+        if obstacle is not None:
+            raise ConversionError(f"layer {site.name!r}: {obstacle}; call vardrop.compact after the training")
+
+
+def why_whole(method: Method) -> str | None:
+    """Why a net under `method` cannot shrink while it trains; ``None`` where it can."""
+    own = type(method).__name__
+    if type(method).step is not Method.step:
+        return f"{own} moves its marks itself while it trains, so no unit is dead for good"
+    if method.by_ensemble:
+        return f"{own} holds what it knows in variances, so no unit is dead by its mean"
+    return None
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -162,7 +166,7 @@ def _cuts(model: nn.Module, graph: Graph, alive: Alive) -> Iterator[tuple[str, t
         if isinstance(part, Layer) and not stays_whole(part, alive):
             inputs, outputs = alive.units[part.inputs], alive.units[part.outputs]
             of_weight = partial(living_part, layer=part, alive=alive)
-            if part.bias is not None:
+            if part.bias is not None and not outputs.all():
                 yield part.bias, (state[part.bias], partial(_select, living=outputs, dim=0))
             yield part.weight, (state[part.weight], of_weight)
             living = {"input": inputs, "output": outputs}
