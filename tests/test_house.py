@@ -24,7 +24,8 @@ FLOORS = [
     {"compress"},
     {"train", "zoo", "report"},
     {"fast", "compare"},
-    {"elbo", "predict", "measure", "io", "export", "cite"},
+    {"elbo", "predict", "metrics", "measure", "io", "export", "cite"},
+    {"uncertainty"},
     {"surgery"},
     {"sites"},
     {"baselines"},
@@ -49,6 +50,7 @@ HEAVY = (
     "PIL",
     "tensorboard",
     "optuna",
+    "torchmetrics",
 )
 
 

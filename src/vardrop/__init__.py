@@ -4,6 +4,8 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 """
 
 from vardrop import functional as functional
+from vardrop import metrics as metrics
+from vardrop import uncertainty as uncertainty
 from vardrop import warmup as warmup
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
@@ -33,6 +35,7 @@ from vardrop.methods import StudentT as StudentT
 from vardrop.methods import VarianceNetwork as VarianceNetwork
 from vardrop.methods import VariationalDropout as VariationalDropout
 from vardrop.methods import methods as methods
+from vardrop.predict import draws as draws
 from vardrop.predict import noise as noise
 from vardrop.predict import predict as predict
 from vardrop.sites import parameter_groups as parameter_groups
