@@ -109,10 +109,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) 
     >>> round(vd.metrics.calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 4)
     0.4
     """
-    try:
-        from torchmetrics.functional.classification import binary_calibration_error
-    except ImportError as error:
-        raise MissingExtraError("the calibration error", "metrics") from error
+    need()
+    from torchmetrics.functional.classification import binary_calibration_error
+
     found = binary_calibration_error(_binnable(confidence, bins), correct.flatten().long(), n_bins=bins, norm="l1")
     return float(found)
 
@@ -152,16 +151,26 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     >>> vd.metrics.ood_auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.9]))
     0.875
     """
-    try:
-        from torchmetrics.functional.classification import binary_auroc
-    except ImportError as error:
-        raise MissingExtraError("the area under the ROC curve", "metrics") from error
+    need()
+    from torchmetrics.functional.classification import binary_auroc
+
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.numel() == 0 or bool(scores.isnan().any()):
             raise InvalidValueError(f"{name}: must be scores without NaN, at least one")
     strange = torch.cat([torch.zeros(inside.numel()), torch.ones(outside.numel())]).long().to(inside.device)
     ranks = torch.cat([inside.flatten(), outside.flatten()]).unique(return_inverse=True)[1]
     return float(binary_auroc(ranks.double() / len(ranks), strange))  # in [0, 1], which it takes as they are
+
+
+def need() -> None:
+    """Raises :class:`MissingExtraError` unless torchmetrics is installed.
+
+    >>> vd.metrics.need()
+    """
+    try:
+        import torchmetrics.functional.classification  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("calibration error and area under the ROC curve", "metrics") from error
 
 
 def _binnable(confidence: Tensor, bins: int) -> Tensor:
