@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from vardrop.errors import InvalidValueError, StorageError
 from vardrop.export import export_onnx
 from vardrop.files import replace_file
 from vardrop.io import load
-from vardrop.lrt import at_least_float32
 from vardrop.metrics import Judged
 from vardrop.predict import draws
 from vardrop.report import figures
@@ -96,11 +94,11 @@ def evaluate(
         with torch.no_grad():
             ways = {"small net": small(x)[None], "pruned net": noisy(x)[None], "one draw": drawn[:1]}
         ways[f"ensemble of {samples} draws"] = drawn
-        return {way: at_least_float32(logits).log_softmax(dim=2) for way, logits in ways.items()}
+        return {way: logits.double().log_softmax(dim=2) for way, logits in ways.items()}
 
     known = _judged(predictions, data.test)
     unknown = None if strange is None else _measured(predictions, strange)
-    record = {"samples": samples, "ood": ood, **_figures(known, unknown, math.log(data.num_classes))}
+    record = {"samples": samples, "ood": ood, **_figures(known, unknown)}
     text = json.dumps(record, indent=1, allow_nan=False)
     replace_file(folder / EVALUATION, lambda path: path.write_text(text))
     picture = figures.uncertainty(record)
@@ -153,10 +151,8 @@ def _measured(predictions: Predictions, inputs: Tensor) -> dict[str, dict[str, T
     return {way: {name: torch.cat(found) for name, found in measures.items()} for way, measures in parts.items()}
 
 
-def _figures(
-    known: dict[str, Judged], unknown: dict[str, dict[str, Tensor]] | None, largest: float
-) -> dict[str, dict[str, Any]]:
-    """Rows, reliability diagrams, and histograms of uncertainty from 0 to the `largest` entropy there is."""
+def _figures(known: dict[str, Judged], unknown: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Any]]:
+    """Rows, reliability diagrams, and histograms of uncertainty."""
     rows: dict[str, dict[str, float | None]] = {}
     diagrams: dict[str, dict[str, list[float]]] = {}
     histograms: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -175,11 +171,12 @@ def _figures(
             told = way.startswith("ensemble") or name == "entropy"
             rows[way][f"auroc_{name}"] = metrics.ood_auroc(inside, outside) if told else None
             if told:
-                histograms[way][name] = _histogram(inside, outside, largest)
+                histograms[way][name] = _histogram(inside, outside)
     return {"rows": rows, "reliability": diagrams, "histograms": histograms}
 
 
-def _histogram(inside: Tensor, outside: Tensor, largest: float) -> dict[str, list[float]]:
+def _histogram(inside: Tensor, outside: Tensor) -> dict[str, list[float]]:
+    largest = max(float(inside.max()), float(outside.max()), torch.finfo(torch.float32).tiny)
     edges = torch.linspace(0.0, largest, HISTOGRAM_BINS + 1, dtype=torch.float64)
     counts = {
         name: torch.histogram(values.double().cpu().clamp(0.0, largest), edges).hist.tolist()

@@ -93,7 +93,8 @@ def trade_off(points: list[tuple[float, float]], front: list[tuple[float, float]
 def uncertainty(record: dict[str, Any]) -> Figure:
     """Reliability diagrams of an evaluation, and its uncertainty on known and strange inputs where it has them."""
     ways = [way for way in record["rows"] if way != "small net"]
-    drawn = [(way, name) for way, found in record["histograms"].items() if way != "small net" for name in found]
+    told = [way for way in ways if way != "one draw"]
+    drawn = [(way, name) for way in told for name in record["histograms"].get(way, ())]
     rows = 2 if drawn else 1
     columns = max(len(ways), len(drawn))
     figure, axes = _panels(rows, columns, (3.2 * columns, 2.9 * rows))
