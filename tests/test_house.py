@@ -24,7 +24,7 @@ FLOORS = [
     {"compress"},
     {"train", "zoo", "report"},
     {"fast", "compare"},
-    {"elbo", "predict", "metrics", "measure", "io", "export", "cite"},
+    {"ablate", "elbo", "predict", "metrics", "measure", "io", "export", "cite"},
     {"uncertainty"},
     {"surgery"},
     {"sites"},

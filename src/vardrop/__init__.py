@@ -7,6 +7,7 @@ from vardrop import functional as functional
 from vardrop import metrics as metrics
 from vardrop import uncertainty as uncertainty
 from vardrop import warmup as warmup
+from vardrop.ablate import ablate as ablate
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
 from vardrop.baselines import baselines as baselines

@@ -54,6 +54,11 @@ def load_small(folder: Path, data: Data) -> nn.Module:
     return _load(folder, SMALL, data)
 
 
+def load_noisy(folder: Path, data: Data) -> nn.Module:
+    """The pruned net of the run in `folder` with its noise, in eval mode."""
+    return _load(folder, NOISY, data)
+
+
 def evaluate(
     folder: Path, *, data_root: Path | None = None, samples: int = 20, ood: str | None = None
 ) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def evaluate(
     data = _data(folder, data_root)
     strange = None if ood is None else load_inputs(ood, input_shape=data.input_shape, data_root=data_root)
     generator = torch.Generator().manual_seed(read_run(folder)["seed"])
-    small, noisy = load_small(folder, data), _load(folder, NOISY, data)
+    small, noisy = load_small(folder, data), load_noisy(folder, data)
 
     def predictions(x: Tensor) -> dict[str, Tensor]:
         drawn = draws(noisy, x, samples=samples, generator=generator)
