@@ -93,32 +93,37 @@ def trade_off(points: list[tuple[float, float]], front: list[tuple[float, float]
 def uncertainty(record: dict[str, Any]) -> Figure:
     """Reliability diagrams of an evaluation, and its uncertainty on known and strange inputs where it has them."""
     ways = [way for way in record["rows"] if way != "small net"]
-    told = [way for way in ways if way != "one draw"]
-    drawn = [(way, name) for way in told for name in record["histograms"].get(way, ())]
-    rows = 2 if drawn else 1
-    columns = max(len(ways), len(drawn))
-    figure, axes = _panels(rows, columns, (3.2 * columns, 2.9 * rows))
+    rows = 2 if record["histograms"] else 1
+    figure, axes = _panels(rows, len(ways), (3.4 * len(ways), 2.9 * rows))
     for axis, way in zip(axes, ways, strict=False):
         _reliability(axis, record["reliability"][way])
         _title(axis, f"{way}: calibration error {100 * record['rows'][way]['ece']:.2f} %")
-    for axis, (way, name) in zip(axes[columns:], drawn, strict=False):
-        ood_histogram(axis, record["histograms"][way][name])
-        auroc = record["rows"][way][f"auroc_{name}"]
-        _title(axis, f"{way}: AUROC {auroc:.3f}")
-        axis.set_xlabel(f"{name.replace('_', ' ')}, nats")
-    for axis in [*axes[len(ways) : columns], *axes[columns + len(drawn) :]]:
-        axis.set_visible(False)
+    if rows == 2:
+        _histograms(axes[len(ways) :], record, "")
     return figure
 
 
-def ood_histogram(axis: Axes, found: dict[str, list[float]]) -> None:
-    """Shares of known and of strange inputs by their uncertainty."""
-    for kind, label in (("inside", "test data"), ("outside", "strange inputs")):
-        shares = [100 * count / sum(found[kind]) for count in found[kind]]
-        axis.stairs(shares, found["edges"], fill=True, alpha=0.55, label=label)
-    axis.set_yscale("log")
-    axis.set_ylabel("share of inputs, %", color=INK, fontsize=8)
-    axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+def ood(records: dict[str, dict[str, Any]]) -> Figure:
+    """Uncertainty on known and strange inputs: a row for each evaluation, by its name."""
+    figure, axes = _panels(len(records), 3, (10.2, 2.6 * len(records)))
+    for row, (name, record) in enumerate(records.items()):
+        _histograms(axes[3 * row : 3 * row + 3], record, f"{name}, ")
+    return figure
+
+
+def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
+    """Shares of known and of strange inputs by entropy of the quiet pass, and both measures of the ensemble."""
+    drawn = [(way, name) for way in ("pruned net", *list(record["rows"])[-1:]) for name in record["histograms"][way]]
+    for axis, (way, name) in zip(axes, drawn, strict=True):
+        found = record["histograms"][way][name]
+        for kind, label in (("inside", "test data"), ("outside", "strange inputs")):
+            shares = [100 * count / sum(found[kind]) for count in found[kind]]
+            axis.stairs(shares, found["edges"], fill=True, alpha=0.55, label=label)
+        axis.set_yscale("log")
+        axis.set_xlabel(f"{name.replace('_', ' ')}, nats")
+        axis.set_ylabel("share of inputs, %", color=INK, fontsize=8)
+        axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+        _title(axis, f"{prefix}{way}: AUROC {record['rows'][way][f'auroc_{name}']:.3f}")
 
 
 def _reliability(axis: Axes, found: dict[str, list[float]]) -> None:
