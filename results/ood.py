@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 
 from vardrop.evaluate import evaluate, read_run
@@ -92,7 +93,8 @@ def write() -> None:
     stored = json.loads(STORED.read_text())
     text, picture = page(stored), figures.ood({run["run"]: run["evaluation"] for run in stored["runs"]})
     replace_file(DOCS / PAGE, lambda path: path.write_text(text))
-    replace_file(DOCS / PICTURE, lambda path: picture.savefig(path, format="svg", metadata={"Date": None}))
+    with matplotlib.rc_context({"svg.hashsalt": PICTURE, "svg.fonttype": "none"}):
+        replace_file(DOCS / PICTURE, lambda path: picture.savefig(path, format="svg", metadata={"Date": None}))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -53,7 +53,8 @@ def ablate(
         else:
             living = noise.log_std.new_ones(noise.log_std.shape, dtype=torch.bool) if noise.mask is None else noise.mask
             spreads = noise.log_std[living]
-            order = torch.randperm(len(spreads), generator=generator, device="cpu" if generator is None else None)
+            device = "cpu" if generator is None else generator.device
+            order = torch.randperm(len(spreads), generator=generator, device=device)
             noise.log_std[living] = spreads[order.to(spreads.device)]
     return copy
 

@@ -107,7 +107,7 @@ def ood(records: dict[str, dict[str, Any]]) -> Figure:
     """Uncertainty on known and strange inputs: a row for each evaluation, by its name."""
     figure, axes = _panels(len(records), 3, (10.2, 2.6 * len(records)))
     for row, (name, record) in enumerate(records.items()):
-        _histograms(axes[3 * row : 3 * row + 3], record, f"{name}, ")
+        _histograms(axes[3 * row : 3 * row + 3], record, f"{name}: ")
     return figure
 
 
@@ -120,10 +120,10 @@ def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
             shares = [100 * count / sum(found[kind]) for count in found[kind]]
             axis.stairs(shares, found["edges"], fill=True, alpha=0.55, label=label)
         axis.set_yscale("log")
-        axis.set_xlabel(f"{name.replace('_', ' ')}, nats")
+        axis.set_xlabel(f"{name.replace('_', ' ')}, nats, {way}")
         axis.set_ylabel("share of inputs, %", color=INK, fontsize=8)
         axis.legend(frameon=False, labelcolor=INK, fontsize=8)
-        _title(axis, f"{prefix}{way}: AUROC {record['rows'][way][f'auroc_{name}']:.3f}")
+        _title(axis, f"{prefix}AUROC {record['rows'][way][f'auroc_{name}']:.3f}")
 
 
 def _reliability(axis: Axes, found: dict[str, list[float]]) -> None:
