@@ -170,7 +170,7 @@ def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             each = torch.func.vmap(lambda _: model(x), randomness="different")
-            found: Tensor = each(torch.empty(samples, device=x.device))
+            found: Tensor = each(torch.empty(samples))
             return found
     except RuntimeError:
         return None

@@ -97,7 +97,8 @@ def uncertainty(record: dict[str, Any]) -> Figure:
     figure, axes = _panels(rows, len(ways), (3.4 * len(ways), 2.9 * rows))
     for axis, way in zip(axes, ways, strict=False):
         _reliability(axis, record["reliability"][way])
-        _title(axis, f"{way}: calibration error {100 * record['rows'][way]['ece']:.2f} %")
+        axis.set_xlabel(f"confidence, {way}", fontsize=8)
+        _title(axis, f"calibration error {100 * record['rows'][way]['ece']:.2f} %")
     if rows == 2:
         _histograms(axes[len(ways) :], record, "")
     return figure
@@ -120,7 +121,7 @@ def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
             shares = [100 * count / sum(found[kind]) for count in found[kind]]
             axis.stairs(shares, found["edges"], fill=True, alpha=0.55, label=label)
         axis.set_yscale("log")
-        axis.set_xlabel(f"{name.replace('_', ' ')}, nats, {way}")
+        axis.set_xlabel(f"{name.replace('_', ' ')}, nats, {way}", fontsize=8)
         axis.set_ylabel("share of inputs, %", color=INK, fontsize=8)
         axis.legend(frameon=False, labelcolor=INK, fontsize=8)
         _title(axis, f"{prefix}AUROC {record['rows'][way][f'auroc_{name}']:.3f}")
@@ -134,7 +135,6 @@ def _reliability(axis: Axes, found: dict[str, list[float]]) -> None:
     axis.plot([mean for _, mean, _ in kept], [hits for _, _, hits in kept], linewidth=1)
     sizes = [8 + 80 * count / most for count, _, _ in kept]
     axis.scatter([mean for _, mean, _ in kept], [hits for _, _, hits in kept], s=sizes, color=COLOURS[0])
-    axis.set_xlabel("confidence")
     axis.set_ylabel("accuracy", color=INK, fontsize=8)
 
 
