@@ -18,13 +18,25 @@ from vardrop.files import replace_file
 from vardrop.zoo.own import call_own, is_own
 from vardrop.zoo.text import classified, running
 
-DATASETS = {"digits": "scikit-learn", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+DATASETS = {
+    "digits": "scikit-learn",
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn",
+    "imdb": "stanfordnlp/imdb",
+}
 """Short names, and where the data behind them comes from: scikit-learn, or a Hub data set."""
 
+HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
+"""The part to take of Hub data sets that come in several."""
+
+RANDOM_LABELS = "+random-labels"
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 DIGITS_SEED = 0
+LABELS_SEED = 0
 
 
 class Split(NamedTuple):
@@ -53,11 +65,12 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     """The data set called `spec`, checked.
 
     Args:
-        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another data set on the Hub, or
-            one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A Hub data set
-            holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or texts alone,
-            for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own, int64 inputs
-            stay as they are, such as token ids, all others become float32.
+        spec: a name in ``DATASETS`` such as ``mnist`` (``digits`` comes with scikit-learn), the id of another data set
+            on the Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A
+            Hub data set holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or
+            texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own,
+            int64 inputs stay as they are, such as token ids, all others become float32. With ``+random-labels`` behind
+            it, the labels are drawn anew, uniformly and always the same (arXiv:1611.03530).
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
             for the Hub itself.
 
@@ -68,6 +81,8 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     >>> load_data("digits").train.x.shape
     torch.Size([1437, 1, 8, 8])
     """
+    if spec.endswith(RANDOM_LABELS):
+        return _with_random_labels(spec, load_data(spec.removesuffix(RANDOM_LABELS), data_root=data_root))
     if is_own(spec):
         return _checked(spec, _own_splits(spec))
     if spec == "digits":
@@ -114,6 +129,15 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
     return Data(name, *splits, classes)
 
 
+def _with_random_labels(spec: str, data: Data) -> Data:
+    generator = torch.Generator().manual_seed(LABELS_SEED)
+    train, test = (
+        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
+        for split in (data.train, data.test)
+    )
+    return Data(spec, train, test, data.num_classes)
+
+
 def _own_splits(spec: str) -> tuple[Split, Split]:
     given = call_own(spec)
     try:
@@ -153,7 +177,7 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
     if data_root is not None and not Path(path).is_dir():
         raise DataError(f"data {name!r}: there is no folder {path}; it must hold the data set as it is on the Hub")
     try:
-        found = load_dataset(path)
+        found = load_dataset(path, HUB_CONFIGS.get(name))
     except Exception as error:
         where = path if data_root is not None else f"{name} on the Hub"
         raise DataError(
