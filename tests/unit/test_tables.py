@@ -74,7 +74,7 @@ def tables_in(folder: Path, text: str = RECIPE, **changed: str):
 
 
 def record(error: float, compression: float) -> dict:
-    return {"config": {}, "pruned": {"error": error / 100, "compression": compression}}
+    return {"config": {"schedule": {"epochs": 7}}, "pruned": {"error": error / 100, "compression": compression}}
 
 
 def found_of(table, **figures: list[tuple[float, float]]) -> Found:
@@ -214,15 +214,15 @@ def test_lines_hold_the_papers_figures_ours_and_the_reasons_and_nothing_made_up(
         ("A", "paper", ("2.50 ± 0.50", "10"), ""),
         ("A", "ours", ("—", "—"), "not run yet"),
         ("B", "paper", ("3.50", "20"), ""),
-        ("B", "ours", ("—", "—"), "no reason"),
+        ("B", "ours", ("—", "—"), "not run yet; no reason"),
         ("C|D", "paper", ("1.00", "—"), ""),
         ("C|D", "ours", ("—", "—"), "nobody knows how"),
     ]
     found = found_of(table, A=[(2.0, 8.0), (3.0, 12.0)], B=[(4.0, 30.0)])
     lines = lines_of(table, found)
-    assert lines[1].origin == "full, seeds 0 to 1"
+    assert lines[1].origin == "full, 7 epochs, seeds 0 to 1"
     assert lines[1].cells == ("2.50 ± 0.71, within", "10 ± 3, within")
-    assert lines[3].origin == "full, seed 0"
+    assert lines[3].origin == "full, 7 epochs, seed 0"
     assert lines[3].cells == ("4.00, short by 0.50", "30, better") and lines[3].remark == "no reason"
 
 

@@ -118,23 +118,30 @@ def _heading(table: Table) -> str:
 def _ours(table: Table, row: Row, found: Found) -> list[Line]:
     lines = []
     for budget in found.budgets(list(row.runs.values())):
-        cells, seeds = [], set[int]()
-        for name in table.columns:
-            joined, used = _joined(table, row, name, budget, found)
-            seeds |= used
-            cells.append(_cell(table.figures[name], joined, row, name))
-        lines.append(Line(row.name, f"{budget}, {_seeds(seeds)}", tuple(cells), row.reason))
+        cells = [
+            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name) for name in table.columns
+        ]
+        lines.append(Line(row.name, _origin(row, budget, found), tuple(cells), row.reason))
     if not lines:
-        lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), row.not_run or row.reason or "not run yet"))
+        remark = row.not_run or "; ".join(filter(None, ("not run yet", row.reason)))
+        lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), remark))
     return lines
 
 
-def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> tuple[Joined | None, set[int]]:
-    """Our figure over all seeds, and which these are."""
+def _origin(row: Row, budget: str, found: Found) -> str:
+    """Budget, epochs and seeds of our figures."""
+    records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
+    epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
+    told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
+    return f"{told}, {_seeds({seed for seed, _ in records})}"
+
+
+def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> Joined | None:
+    """Our figure over all seeds."""
     run = row.runs.get(column) or row.runs.get("")
     records: Mapping[int, Mapping[str, Any]] = {} if run is None else found.of(run, budget)
-    read = {seed: table.figures[column].read(record) for seed, record in sorted(records.items())}
-    return join([value for value in read.values() if value is not None], table.statistic), set(read)
+    read = [table.figures[column].read(record) for _, record in sorted(records.items())]
+    return join([value for value in read if value is not None], table.statistic)
 
 
 def _cell(figure: Figure, joined: Joined | None, row: Row, column: str) -> str:
@@ -175,9 +182,9 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
         broken, missing, compared = False, [], False
         for name in ordering.than:
             pairs = [
-                (column, _joined(table, best, column, budget, found)[0], other)
+                (column, _joined(table, best, column, budget, found), other)
                 for column in ordering.columns
-                for other in [_joined(table, table.rows[name], column, budget, found)[0]]
+                for other in [_joined(table, table.rows[name], column, budget, found)]
             ]
             known = [(column, ours, other) for column, ours, other in pairs if ours is not None and other is not None]
             if len(known) < len(pairs):

@@ -291,8 +291,13 @@ def _figures(name: str, table: Mapping[str, Any]) -> dict[str, Figure]:
 def _row(name: str, row: Mapping[str, Any], stored: Mapping[str, Any], needs: Mapping[str, set[Need]]) -> Row:
     columns = stored[name].get("nets", [""]) if "not_run" not in row else ()
     runs = {column: _run(name, row["name"], column, stored, needs) for column in columns}
-    told = {key: row[key] for key in ("reason", "not_run") if key in row}
-    return Row(row["name"], _tuples(row.get("paper", {})), row.get("std", {}), runs, **told)
+    origin = row
+    while "same_as" in origin:
+        home, _, of = origin["same_as"].partition("/")
+        origin = next(other for other in stored[home]["rows"] if other["name"] == of)
+    reason = row.get("reason", origin.get("reason", ""))
+    paper = _tuples(row.get("paper", {}))
+    return Row(row["name"], paper, row.get("std", {}), runs, reason=reason, not_run=row.get("not_run", ""))
 
 
 def _run(name: str, row: str, column: str, stored: Mapping[str, Any], needs: Mapping[str, set[Need]]) -> Run:
