@@ -197,3 +197,12 @@ def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):
     assert f"there is no folder {tmp_path}/some/where" in reasons["pruning"]
     with pytest.raises(DataError, match="there is no folder"):
         run_cells([cell for cell in cells if cell.run.row == "Pruning"], Options(tmp_path / "b", data_root=tmp_path))
+
+
+def test_a_failure_is_told_by_the_signal_or_the_last_thing_said(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a warning\nerror: no such thing\n\n")
+    assert runner._reason(1, log) == "no such thing"
+    assert runner._reason(-signal.SIGKILL, log) == "its process was ended by SIGKILL"
+    log.write_text("")
+    assert runner._reason(3, log) == "its process ended with status 3"

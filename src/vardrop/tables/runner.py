@@ -218,14 +218,20 @@ def _start(
 
 
 def _end(cell: Cell, status: int, options: Options, outcome: Outcome, watch: Watch) -> None:
-    reason = ""
-    if status == 0:
-        outcome.finished.add(cell.place)
-    else:
-        said = [line for line in _log(cell, options).read_text(errors="replace").splitlines() if line.strip()]
-        reason = said[-1].removeprefix("error: ") if said else f"its process ended with status {status}"
+    reason = _reason(status, _log(cell, options)) if status else ""
+    if reason:
         outcome.failed[cell.place] = reason
+    else:
+        outcome.finished.add(cell.place)
     watch.on_end(cell, reason)
+
+
+def _reason(status: int, log: Path) -> str:
+    """Why a process failed: the signal that ended it, or else the last thing that it said."""
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return said[-1].removeprefix("error: ") if said else f"its process ended with status {status}"
 
 
 def _process(cell: Cell, options: Options) -> subprocess.Popen[bytes]:
