@@ -95,7 +95,7 @@ def test_the_table_is_printed_written_and_stored(made):
     assert "<table>" in (root / "out" / "own" / "table.html").read_text()
     stored = json.loads((root / "results" / "tables" / "own" / "dbb" / "full-seed-0.json").read_text())
     assert stored["config"]["pretrained"] == "own/bb/full-seed-0" and str(root) not in json.dumps(stored)
-    assert {"measure", "ensemble", "history"} <= set(stored)
+    assert {"sizes", "ensemble", "history"} <= set(stored) and "times" not in stored
 
 
 def test_rows_start_from_those_they_name_and_parts_have_their_own_fields(made):

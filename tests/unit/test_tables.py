@@ -125,7 +125,7 @@ def test_the_tables_are_those_of_five_papers_and_every_row_has_figures_and_a_run
 def test_a_row_that_two_tables_share_is_run_once_and_measured_for_both():
     shared = find_run("vbd-5-conv", "VD")
     assert shared is not find_run("svd-mnist-conv", "Sparse VD") and shared == find_run("svd-mnist-conv", "Sparse VD")
-    assert shared.needs == {"measure"}
+    assert shared.needs == {"sizes", "times"}
     places = [cell.place for cell in cells_of(list(TABLES.values()), "full", 1)]
     assert len(places) == len(set(places))
 
@@ -271,11 +271,8 @@ def test_figures_are_read_where_a_run_keeps_them():
             "compression": 5.0,
         },
         "compacted": {"units": [4, 3]},
-        "measure": {
-            "authors_flops": {"ratio": 4.0},
-            "parameters": {"ratio": 8.0},
-            "seconds, torch, batch 128, threads 1": {"ratio": 2.0},
-        },
+        "sizes": {"authors_flops": {"ratio": 4.0}, "parameters": {"ratio": 8.0}},
+        "times": {"seconds, torch, batch 128, threads 1": {"ratio": 2.0}},
         "ensemble": {"1": {"error": 0.2}, "20": {"error": 0.1}},
     }
     expected = {

@@ -9,9 +9,10 @@ from statistics import fmean, median, stdev
 from typing import Any, Literal
 
 Value = float | tuple[float, ...]
-Need = Literal["measure", "ensemble"]
+Need = Literal["sizes", "times", "ensemble"]
 DASH = "—"
-TIMED = "seconds, torch, batch 128, threads 1"
+TIMED_BATCH, TIMED_THREADS = 128, 1
+TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Figure:
         read: the figure in a record, or ``None`` where it is not there.
         digits: decimals that the papers print.
         better: which way is better, or ``None`` where neither is.
-        need: what must be measured after the run to have it.
+        need: what must be measured after the run to have it, and where the record keeps that.
     """
 
     label: str
@@ -134,9 +135,9 @@ def _elbo(record: Mapping[str, Any]) -> Value | None:
     return -float(history[-1]["train_nll"] * record["num_data"] + history[-1]["kl"])
 
 
-def _ratio(name: str, kind: Literal["saved", "left"]) -> Callable[[Mapping[str, Any]], Value | None]:
+def _ratio(need: Need, name: str, kind: Literal["saved", "left"]) -> Callable[[Mapping[str, Any]], Value | None]:
     def read(record: Mapping[str, Any]) -> Value | None:
-        found = record.get("measure", {}).get(name)
+        found = record.get(need, {}).get(name)
         if found is None or not found["ratio"]:
             return None
         return float(found["ratio"] if kind == "saved" else 100.0 / found["ratio"])
@@ -155,10 +156,10 @@ FIGURES = {
         "higher",
     ),
     "units": Figure("units per layer", _units, 0, "lower"),
-    "speedup_cpu": Figure("speed-up, CPU", _ratio(TIMED, "saved"), 2, "higher", "measure"),
+    "speedup_cpu": Figure("speed-up, CPU", _ratio("times", TIMED, "saved"), 2, "higher", "times"),
     "speedup_gpu": Figure("speed-up, GPU", lambda record: None, 2, "higher"),
-    "speedup_flops": Figure("speed-up, FLOPs", _ratio("authors_flops", "saved"), 2, "higher", "measure"),
-    "memory": Figure("memory, %", _ratio("parameters", "left"), 2, "lower", "measure"),
+    "speedup_flops": Figure("speed-up, FLOPs", _ratio("sizes", "authors_flops", "saved"), 2, "higher", "sizes"),
+    "memory": Figure("memory, %", _ratio("sizes", "parameters", "left"), 2, "lower", "sizes"),
     "train_accuracy": Figure("training accuracy, %", _accuracy("pruned", "train_error"), 0),
     "test_accuracy": Figure("test accuracy, %", _accuracy("pruned", "error"), 0),
     "test_mse": Figure("test MSE", lambda record: None, 4, "lower"),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ from vardrop.compress import RUN, compress
 from vardrop.errors import DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
 from vardrop.evaluate import evaluate, measure_run, read_run
 from vardrop.files import replace_file
+from vardrop.tables.figures import TIMED_BATCH, TIMED_THREADS
 from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
 from vardrop.tables.store import CELL, record_of
 from vardrop.train import HISTORY
@@ -130,14 +131,29 @@ def run_cell(cell: Cell, options: Options) -> None:
         if not (place / RUN).exists():
             compress(cell.job(options.folder, data_root=options.data_root), place)
         record = read_run(place)
-        if "measure" in cell.run.needs:
-            record["measure"] = measure_run(place, data_root=options.data_root, repeats=REPEATS, onnx=False).record
+        if cell.run.needs & {"sizes", "times"}:
+            record |= _measured(cell, place, options)
         if "ensemble" in cell.run.needs:
             record["ensemble"] = {
                 str(draws): evaluate(place, data_root=options.data_root, samples=draws)[f"ensemble of {draws} draws"]
                 for draws in DRAWS
             }
         replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
+
+
+def _measured(cell: Cell, place: Path, options: Options) -> dict[str, dict[str, Any]]:
+    """Sizes of the small net beside the original, and times where a table asks for them."""
+    timed = "times" in cell.run.needs
+    found = measure_run(
+        place,
+        data_root=options.data_root,
+        repeats=REPEATS,
+        onnx=False,
+        batch_sizes=(TIMED_BATCH,) if timed else (),
+        threads=(TIMED_THREADS,),
+    ).record
+    times = {name: found.pop(name) for name in list(found) if name.startswith("seconds")}
+    return {"sizes": found, "times": times} if timed else {"sizes": found}
 
 
 def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = None) -> Outcome:
