@@ -69,6 +69,9 @@ def compress(
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty on the net's own parameters")] = 0.0,
     clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient")] = None,
+    shrink_every: Annotated[
+        int | None, typer.Option(help="Epochs after which dead units leave the net for good, again and again")
+    ] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
@@ -104,6 +107,7 @@ def compress(
         gate_lr=gate_lr,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
+        shrink_every=shrink_every,
         decay_from=epochs // 2 if decay_from is None else decay_from,
         warmup_start=epochs // 5 if warmup_start is None else warmup_start,
         warmup_epochs=4 * epochs // 5 if warmup_epochs is None else warmup_epochs,
@@ -292,7 +296,11 @@ def list_methods() -> None:
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
     console.print("[bold]Networks:[/bold] " + ", ".join(NETS) + ", or your own: file.py:function")
-    console.print("[bold]Data:[/bold] " + ", ".join(DATASETS) + ", another Hub id, or your own: file.py:function")
+    console.print(
+        "[bold]Data:[/bold] "
+        + ", ".join(DATASETS)
+        + ", another Hub id, or your own: file.py:function; NAME:random-labels"
+    )
 
 
 @app.command()

@@ -25,7 +25,8 @@ from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
-from vardrop.surgery.prune import Pruned, prune
+from vardrop.surgery.prune import Pruned, count_alive, prune
+from vardrop.surgery.shrink import why_whole
 from vardrop.train import Epoch, Schedule, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
@@ -78,6 +79,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.on_empty not in ("keep-best", "refuse"):
             raise InvalidValueError(f"on_empty={self.on_empty!r}: must be 'keep-best' or 'refuse'")
+        obstacle = why_whole(self.method)
+        if self.schedule.shrink_every is not None and obstacle is not None:
+            raise InvalidValueError(f"shrink_every={self.schedule.shrink_every}: {obstacle}; leave it out")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,17 +141,18 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
     if job.pretrain:
         listeners.on_stage("plain", job.pretrain)
-        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
+        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2, shrink_every=None)
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
         net.cpu()
     plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
     original = _describe(net, data, folder / ORIGINAL) if plain_start else None
     convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
+    whole = count_alive(net)
     compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
     facts = {"commit": code, "original": original, "compile_seconds": compiling}
-    return _finish(job, folder, net, data, fit, valid, history, facts)
+    return _finish(job, folder, net, whole, data, fit, valid, history, facts)
 
 
 def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
@@ -163,6 +168,7 @@ def _finish(
     job: Job,
     folder: Path,
     net: nn.Module,
+    whole: Pruned,
     data: Data,
     fit: Split,
     valid: Split | None,
@@ -172,7 +178,7 @@ def _finish(
     net.eval()
     trained = _figures(net, data.test)
     net.cpu()
-    counted = prune(net, on_empty=job.on_empty)
+    counted = prune(net, on_empty=job.on_empty).against(whole)
     valid_error = None if valid is None else error_and_nll(net, valid)[0]
     pruned = {
         **_figures(net, data.test),

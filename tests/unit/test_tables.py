@@ -97,7 +97,7 @@ def test_every_recipe_makes_a_job_whose_layers_and_parts_are_there(table):
             assert job.schedule.seed == 0 and job.schedule.epochs >= (1 if budget == "short" else 50)
             assert (job.pretrained is None) == (cell.before is None)
             if budget == "short" and recipe.get("from") != "noisy":
-                shape, classes = SHAPES[job.data.removesuffix("+random-labels")]
+                shape, classes = SHAPES[job.data.removesuffix(":random-labels")]
                 net = build_net(job.net, input_shape=shape, num_classes=classes)
                 methods = {**dict(job.parts), "*": job.method}
                 vd.convert(net, methods, include=job.include or None, exclude=job.exclude or None)

@@ -31,12 +31,12 @@ DATASETS = {
 HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
 """The part to take of Hub data sets that come in several."""
 
-RANDOM_LABELS = "+random-labels"
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 DIGITS_SEED = 0
 LABELS_SEED = 0
+RANDOM_LABELS = ":random-labels"
 
 
 class Split(NamedTuple):
@@ -69,8 +69,9 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
             on the Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A
             Hub data set holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or
             texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own,
-            int64 inputs stay as they are, such as token ids, all others become float32. With ``+random-labels`` behind
-            it, the labels are drawn anew, uniformly and always the same (arXiv:1611.03530).
+            int64 inputs stay as they are, such as token ids, all others become float32. Behind the name of a data set,
+            ``:random-labels`` gives each example a label by lot, so that there is nothing to learn but by heart
+            (arXiv:1701.05369, section 5.4).
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
             for the Hub itself.
 
