@@ -312,10 +312,15 @@ def test_a_record_of_another_recipe_or_a_damaged_one_is_refused_and_one_that_lac
     path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
     assert record_of(cell, tmp_path / "out")["pruned"]["compression"] == 8.0
     assert found_in(tmp_path / "out", [cell.run]).of(cell.run, "full").keys() == {3}
+    del config["fast"], config["schedule"]["clip_norm"]
+    path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
+    assert record_of(cell, tmp_path / "out") is not None, "a field that came later may be missing"
     config["schedule"]["epochs"] += 1
     path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
     with pytest.raises(StorageError, match=r"made by another recipe \(it differs in schedule\)"):
         record_of(cell, tmp_path / "out")
+    with pytest.raises(StorageError, match="made by another recipe"):
+        found_in(tmp_path / "out", [cell.run])
     path.write_text("{")
     with pytest.raises(StorageError, match="not a readable record"):
         record_of(cell, tmp_path / "out")

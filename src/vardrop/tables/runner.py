@@ -167,22 +167,25 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
         watch: told of the progress.
 
     Raises:
-        StorageError: a finished cell was made by another recipe.
-        VardropError: not one of the cells can be run, for example for want of its data.
+        DataError: not one of the cells has its data.
     """
     watch = watch or Watch()
     outcome = Outcome()
     waiting: list[Cell] = []
     for cell in cells:
-        reason = _method_missing(cell, options)
+        try:
+            finished, reason = record_of(cell, options.folder) is not None, ""
+            cell.job(options.folder)
+        except (InvalidValueError, StorageError) as error:
+            finished, reason = False, str(error)
         if reason:
             outcome.failed[cell.place] = reason
-            watch.on_end(cell, reason)
-        elif record_of(cell, options.folder) is not None:
+        elif finished:
             outcome.finished.add(cell.place)
-            watch.on_end(cell, "")
         else:
             waiting.append(cell)
+            continue
+        watch.on_end(cell, reason)
     _drop_without_data(waiting, options, outcome, watch)
     working: list[tuple[Cell, subprocess.Popen[bytes]]] = []
     try:
@@ -273,14 +276,6 @@ def _process(cell: Cell, options: Options) -> subprocess.Popen[bytes]:
 def _log(cell: Cell, options: Options) -> Path:
     place = options.folder / cell.place
     return place.with_name(f"{place.name}.log")
-
-
-def _method_missing(cell: Cell, options: Options) -> str:
-    try:
-        cell.job(options.folder)
-    except InvalidValueError as error:
-        return str(error)
-    return ""
 
 
 def _drop_without_data(waiting: list[Cell], options: Options, outcome: Outcome, watch: Watch) -> None:

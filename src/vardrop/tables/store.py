@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vardrop.errors import StorageError
 from vardrop.files import replace_file
-from vardrop.tables.recipes import Cell, Run
+from vardrop.tables.recipes import Budget, Cell, Run
 
 CELL = "cell.json"
 TABLES = "tables"
@@ -50,24 +50,28 @@ def record_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = _read(path)
-    wanted = json.loads(json.dumps(cell.job(folder).config))
-    differing = [key for key in wanted if key != "pretrained" and record["config"].get(key) != wanted[key]]
-    if differing:
-        raise StorageError(
-            f"{path.parent} was made by another recipe (it differs in {', '.join(differing)}): move it away, or choose "
-            "another folder"
-        )
+    _check_recipe(cell, record, path.parent)
     return record if all(need in record for need in cell.run.needs) else None
 
 
 def found_in(folder: Path, runs: Sequence[Run]) -> Found:
-    """All records of the `runs` below `folder`, where ``vardrop reproduce`` works."""
-    return _found(folder, runs, re.compile(r"(?P<budget>.+)-seed-(?P<seed>\d+)/" + re.escape(CELL)), f"*/{CELL}")
+    """All records of the `runs` below `folder`, where ``vardrop reproduce`` works.
+
+    Raises:
+        StorageError: a record is damaged, or was made by another recipe.
+    """
+    return _found(
+        folder, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)/" + re.escape(CELL)), f"*/{CELL}"
+    )
 
 
 def stored_in(folder: Path, runs: Sequence[Run]) -> Found:
-    """All records of the `runs` below `folder`, where :func:`keep` put them."""
-    return _found(folder / TABLES, runs, re.compile(r"(?P<budget>.+)-seed-(?P<seed>\d+)\.json"), "*.json")
+    """All records of the `runs` below `folder`, where :func:`keep` put them.
+
+    Raises:
+        StorageError: a record is damaged, or was made by another recipe.
+    """
+    return _found(folder / TABLES, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)\.json"), "*.json")
 
 
 def keep(cell: Cell, record: Mapping[str, Any], folder: Path) -> Path:
@@ -88,12 +92,35 @@ def keep(cell: Cell, record: Mapping[str, Any], folder: Path) -> Path:
 
 def _found(folder: Path, runs: Sequence[Run], name: re.Pattern[str], pattern: str) -> Found:
     found = Found()
-    for place in sorted({run.place for run in runs}):
+    for place, run in sorted({run.place: run for run in runs}.items()):
         for path in sorted((folder / place).glob(pattern)):
-            match = name.fullmatch(str(path.relative_to(folder / place)))
+            match = name.fullmatch(path.relative_to(folder / place).as_posix())
             if match:
-                found.add(place, match["budget"], int(match["seed"]), _read(path))
+                record = _read(path)
+                _check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
+                found.add(place, match["budget"], int(match["seed"]), record)
     return found
+
+
+def _check_recipe(cell: Cell, record: Mapping[str, Any], where: Path) -> None:
+    """Raises unless the recipe still says what the `record` was made with; what either knows nothing of may differ."""
+    wanted = json.loads(json.dumps(cell.job(Path()).config))
+    differing = [
+        key
+        for key in wanted
+        if key != "pretrained" and key in record["config"] and not _agree(record["config"][key], wanted[key])
+    ]
+    if differing:
+        raise StorageError(
+            f"{where} was made by another recipe (it differs in {', '.join(differing)}): move it away, or choose "
+            "another folder"
+        )
+
+
+def _agree(stored: Any, wanted: Any) -> bool:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return all(_agree(stored[key], wanted[key]) for key in stored.keys() & wanted.keys())
+    return bool(stored == wanted)
 
 
 def _read(path: Path) -> dict[str, Any]:
