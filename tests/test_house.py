@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the street to the cellar: a room may import from rooms further down, and from itself, never upwards.
 FLOORS = [
     {"cli"},
-    {"demo"},
+    {"demo", "tables"},
     {"evaluate", "sweep"},
     {"compress"},
     {"train", "zoo", "report"},
@@ -161,6 +161,7 @@ def test_the_readme_shows_what_the_stored_runs_say():
 
     assert (ROOT / "results" / "README.md").read_text() == render.page()
     assert (ROOT / "README.md").read_text() == render.readme_with(render.table())
+    assert (ROOT / "docs" / "tables.md").read_text() == render.tables_page()
     for row in json.loads((ROOT / "results" / "rows.json").read_text()):
         path = ROOT / "results" / f"{row['run']}.json"
         if path.exists():

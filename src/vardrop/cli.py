@@ -205,6 +205,37 @@ def sweep(
 
 
 @app.command()
+def reproduce(
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables by id, or all; see --list")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each row, with seeds from 0; 0 only shows what is there")] = 5,
+    budget: Annotated[Literal["full", "short"], typer.Option(help="The paper's schedule, or a short one")] = "full",
+    jobs: Annotated[int, typer.Option(help="Runs side by side")] = 1,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train")] = "auto",
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished there is not run again")] = Path(
+        "tables"
+    ),
+    store: Annotated[Path | None, typer.Option(help="Folder that gets a small record of each finished run")] = None,
+    own: Annotated[Path | None, typer.Option("--recipes", help="Folder with tables of your own, as TOML files")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the tables, and how much of each is done")] = False,
+) -> None:
+    """Make the result tables of the papers again, ours beside theirs; started again, it goes on.
+
+    Example: vardrop reproduce svd-mnist-fc --budget short --seeds 1
+    """
+    from vardrop.tables import command, recipes, runner, show
+
+    folder = recipes.PAPERS if own is None else own
+    if list_ or not tables:
+        console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds))
+        return
+    options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder)
+    if command.reproduce(tables, options, console, budget=budget, seeds=seeds, rows=row or (), store=store):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     data_root: DataRoot = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,18 @@ def evaluate(
     return record
 
 
-def measure_run(folder: Path, *, data_root: Path | None = None, repeats: int = 200, onnx: bool = True) -> Measured:
+def measure_run(
+    folder: Path,
+    *,
+    data_root: Path | None = None,
+    repeats: int = 200,
+    onnx: bool = True,
+    batch_sizes: Sequence[int] = (1, 128),
+    threads: Sequence[int] = (1, 2),
+) -> Measured:
     """Weighs and times the small net of the run in `folder` beside the original; written to ``measure.json`` there.
 
+    Without any batch size the nets are weighed alone.
     A run that keeps no plain original is measured against the net built anew: sizes and times depend on shapes alone.
     """
     data = _data(folder, data_root)
@@ -123,6 +132,8 @@ def measure_run(folder: Path, *, data_root: Path | None = None, repeats: int = 2
         original,
         load_small(folder, data),
         example_inputs=data.test.x[:128],
+        batch_sizes=batch_sizes,
+        threads=threads,
         repeats=repeats,
         engines=("torch", "onnxruntime") if onnx else ("torch",),
     )

@@ -290,3 +290,14 @@ def test_nets_for_text_give_a_logit_for_each_class(tmp_path):
         check_fits("word-lstm-8", build_net("word-lstm-8", input_shape=(100,), num_classes=4), data)
     with pytest.raises(InvalidValueError, match="char-lstm takes a number of units such as char-lstm-256"):
         build_net("char-lstm-x", input_shape=(100,), num_classes=4)
+
+
+def test_lenet_5_has_a_form_with_batch_norm_behind_every_layer_but_the_last():
+    net = build_net("lenet-5-bn", input_shape=(1, 28, 28), num_classes=10)
+    kinds = [type(layer).__name__ for layer in net]
+    assert [kinds[place + 1] for place, kind in enumerate(kinds[:-1]) if kind in ("Conv2d", "Linear")] == [
+        "BatchNorm2d",
+        "BatchNorm2d",
+        "BatchNorm1d",
+    ]
+    assert kinds[-1] == "Linear" and weights(net) == 430_500

@@ -18,8 +18,18 @@ from vardrop.files import replace_file
 from vardrop.zoo.own import call_own, is_own
 from vardrop.zoo.text import classified, running
 
-DATASETS = {"digits": "scikit-learn", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+DATASETS = {
+    "digits": "scikit-learn",
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn",
+    "imdb": "stanfordnlp/imdb",
+}
 """Short names, and where the data behind them comes from: scikit-learn, or a Hub data set."""
+
+HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
+"""The part to take of Hub data sets that come in several."""
 
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
@@ -55,11 +65,11 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     """The data set called `spec`, checked.
 
     Args:
-        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another data set on the Hub, or
-            one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A Hub data set
-            holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or texts alone,
-            for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own, int64 inputs
-            stay as they are, such as token ids, all others become float32. Behind the name of a data set,
+        spec: a name in ``DATASETS`` such as ``mnist`` (``digits`` comes with scikit-learn), the id of another data set
+            on the Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A
+            Hub data set holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or
+            texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own,
+            int64 inputs stay as they are, such as token ids, all others become float32. Behind the name of a data set,
             ``:random-labels`` gives each example a label by lot, so that there is nothing to learn but by heart
             (arXiv:1701.05369, section 5.4).
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
@@ -119,15 +129,6 @@ def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Spl
     return Split(split.x[rest], split.y[rest]), Split(split.x[apart], split.y[apart])
 
 
-def _with_random_labels(spec: str, data: Data) -> Data:
-    generator = torch.Generator().manual_seed(LABELS_SEED)
-    train, test = (
-        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
-        for split in (data.train, data.test)
-    )
-    return Data(spec, train, test, data.num_classes)
-
-
 def _checked(name: str, splits: tuple[Split, Split]) -> Data:
     for part, (x, y) in zip(("training", "test"), splits, strict=True):
         where = f"{part} data of {name!r}"
@@ -152,6 +153,15 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
     if classes < 2:
         raise DataError(f"training data of {name!r}: all labels are 0, so there is nothing to tell apart")
     return Data(name, *splits, classes)
+
+
+def _with_random_labels(spec: str, data: Data) -> Data:
+    generator = torch.Generator().manual_seed(LABELS_SEED)
+    train, test = (
+        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
+        for split in (data.train, data.test)
+    )
+    return Data(spec, train, test, data.num_classes)
 
 
 def _own_splits(spec: str) -> tuple[Split, Split]:
@@ -194,7 +204,7 @@ def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
     if data_root is not None and not Path(path).is_dir():
         raise DataError(f"data {name!r}: there is no folder {path}; it must hold the data set as it is on the Hub")
     try:
-        found = load_dataset(path)
+        found = load_dataset(path, HUB_CONFIGS.get(name))
     except Exception as error:
         where = path if data_root is not None else f"{name} on the Hub"
         raise DataError(
