@@ -15,7 +15,7 @@ from test_train import without_time
 from torch import nn
 
 import vardrop as vd
-from vardrop.compress import Job
+from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
 from vardrop.train import CHECKPOINT, Schedule
 
@@ -106,6 +106,24 @@ def test_without_cuts_the_run_is_the_one_it_was(tmp_path):
     late = fresh()
     run(tmp_path / "late", late, dataclasses.replace(SCHEDULE, shrink_every=6))
     assert_same_state(plain, late)
+
+
+@pytest.mark.slow
+def test_the_small_net_is_about_the_one_that_training_in_full_gives(tmp_path):
+    schedule = Schedule(epochs=24, lr=5e-3, decay_from=16, warmup_start=2, warmup_epochs=6)
+    found = {}
+    for every in (None, 4):
+        for seed in (0, 1):
+            own = dataclasses.replace(schedule, seed=seed, shrink_every=every)
+            job = Job("lenet-300-100", "digits", vd.SparseVD(train_clip=True), own, pretrain=6, fast=False)
+            found[every, seed] = compress(job, tmp_path / f"{every}-{seed}")
+    mean = {
+        key: [sum(found[every, seed][part][key] for seed in (0, 1)) / 2 for every in (None, 4)]
+        for part, key in (("pruned", "error"), ("pruned", "nonzero"), ("compacted", "parameters"))
+    }
+    assert abs(mean["error"][0] - mean["error"][1]) < 0.02, mean
+    assert mean["nonzero"][1] == pytest.approx(mean["nonzero"][0], rel=0.1), mean
+    assert mean["parameters"][1] == pytest.approx(mean["parameters"][0], rel=0.1), mean
 
 
 def test_what_cannot_shrink_is_refused_before_any_work():
