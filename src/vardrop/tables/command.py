@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vardrop.files import replace_file
-from vardrop.tables.page import markdown, page
+from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, find_tables
 from vardrop.tables.runner import Options, cells_of, run_cells
 from vardrop.tables.show import beside, watching
@@ -54,7 +54,10 @@ def reproduce(
         for part in beside(table, found):
             console.print(part)
         where = options.folder / table.id
-        for path, text in ((where / "table.md", markdown(table, found)), (where / "table.html", page([table], found))):
+        for path, text in (
+            (where / "table.md", f"{markdown(table, found)}\n{LEGEND}\n"),
+            (where / "table.html", page([table], found)),
+        ):
             replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
         console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
     return outcome.failed
