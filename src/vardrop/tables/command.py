@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -44,7 +45,7 @@ def reproduce(
     """
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows)
-    with watching(console, cells, options.folder) as watch:
+    with watching(console, cells, options.folder) if cells else nullcontext() as watch:
         outcome = run_cells(cells, options, watch)
     for cell in cells:
         if store is not None and cell.place in outcome.finished:
