@@ -24,7 +24,8 @@ FLOORS = [
     {"compress"},
     {"train", "zoo", "report"},
     {"fast", "compare"},
-    {"elbo", "predict", "measure", "io", "export", "cite"},
+    {"ablate", "elbo", "predict", "metrics", "measure", "io", "export", "cite"},
+    {"uncertainty"},
     {"surgery"},
     {"sites"},
     {"baselines"},
@@ -49,6 +50,7 @@ HEAVY = (
     "PIL",
     "tensorboard",
     "optuna",
+    "torchmetrics",
 )
 
 
@@ -171,3 +173,13 @@ def test_the_readme_shows_what_the_stored_runs_say():
 def test_the_page_on_performance_shows_what_the_stored_benchmark_says():
     made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"], capture_output=True)
     assert made.returncode == 0, made.stderr
+
+
+def test_the_page_on_uncertainty_shows_what_the_stored_evaluations_say():
+    sys.path.insert(0, str(ROOT / "results"))
+    import ood
+
+    written = [path.exists() for path in (ood.STORED, ood.DOCS / ood.PAGE, ood.DOCS / ood.PICTURE)]
+    assert all(written) or not any(written)
+    if all(written):
+        assert (ood.DOCS / ood.PAGE).read_text() == ood.page(json.loads(ood.STORED.read_text()))

@@ -4,7 +4,10 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 """
 
 from vardrop import functional as functional
+from vardrop import metrics as metrics
+from vardrop import uncertainty as uncertainty
 from vardrop import warmup as warmup
+from vardrop.ablate import ablate as ablate
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
 from vardrop.baselines import baselines as baselines
@@ -33,6 +36,7 @@ from vardrop.methods import StudentT as StudentT
 from vardrop.methods import VarianceNetwork as VarianceNetwork
 from vardrop.methods import VariationalDropout as VariationalDropout
 from vardrop.methods import methods as methods
+from vardrop.predict import draws as draws
 from vardrop.predict import noise as noise
 from vardrop.predict import predict as predict
 from vardrop.sites import parameter_groups as parameter_groups

@@ -240,11 +240,20 @@ def evaluate(
     run: RunArgument,
     data_root: DataRoot = None,
     samples: Annotated[int, typer.Option(help="Draws of the noise in the ensemble")] = 20,
+    ood: Annotated[
+        str | None, typer.Option(help="Strange inputs: a data set as in --data, or a folder; its test split is used")
+    ] = None,
 ) -> None:
-    """Evaluate a run again on its test data: small net, pruned net, and ensemble over the noise."""
+    """Evaluate a run again on its test data: small net, pruned net, one draw, and ensemble over the noise.
+
+    Keeps the figures in RUN/evaluation.json and reliability diagrams in RUN/evaluation.png; with --ood also how well
+    uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood kmnist
+    """
+    from vardrop.evaluate import EVALUATION, PICTURE
     from vardrop.evaluate import evaluate as again
 
-    console.print(evaluation_table(again(run, data_root=data_root, samples=samples)))
+    console.print(evaluation_table(again(run, data_root=data_root, samples=samples, ood=ood)["rows"]))
+    console.print(f"figures: {run / EVALUATION}, picture: {run / PICTURE}", soft_wrap=True)
 
 
 @app.command()
@@ -406,11 +415,21 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Error and negative log-likelihood of each way to predict."""
-    table = Table("prediction", "test error %", "NLL, nats")
-    for name, row in rows.items():
-        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}")
+def evaluation_table(rows: dict[str, dict[str, float | None]]) -> Table:
+    """The figures of each way to predict side by side, those that were measured."""
+    shown = {
+        "error": ("test error %", 100, 2),
+        "nll": ("NLL, nats", 1, 4),
+        "brier": ("Brier score", 1, 4),
+        "ece": ("calibration error %", 100, 2),
+        "auroc_entropy": ("AUROC by entropy", 1, 4),
+        "auroc_mutual_information": ("AUROC by mutual information", 1, 4),
+    }
+    table = Table("prediction", *rows)
+    for key, (label, factor, digits) in shown.items():
+        values = [row.get(key) for row in rows.values()]
+        if any(value is not None for value in values):
+            table.add_row(label, *("" if value is None else f"{factor * value:.{digits}f}" for value in values))
     return table
 
 

@@ -269,10 +269,20 @@ def test_nothing_is_cut_where_a_layer_would_be_left_without_a_living_weight():
     net = dense()
     with torch.no_grad():
         net[2].weight.fill_(1e-4)
-        net[2].weight[0, 1] = 2e-4
+        net[2].weight[0, 1] = 1.0
     optimizer, shape = torch.optim.Adam(net.parameters()), net[0].weight.shape
     done = vd.shrink(net, optimizer, torch.randn(1, 3))
     assert net[0].weight.shape == shape and "nothing is cut" in str(done) and "'0.weight'" in str(done)
+
+
+def test_a_collapse_by_the_rule_is_not_made_final():
+    net = vd.convert(lenet(), vd.BetaBernoulli(init_a=2.0))
+    with torch.no_grad():
+        net[7].gate.raw_a.fill_(-10.0)
+    optimizer, size = torch.optim.Adam(net.parameters()), parameters(net)
+    done = vd.shrink(net, optimizer, X[:2])
+    assert parameters(net) == done.parameters_after == size
+    assert "nothing is cut: layer '7.gate': all 40 units are dead" in str(done)
 
 
 def test_what_cannot_shrink_is_refused_by_name_and_unharmed():

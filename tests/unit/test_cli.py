@@ -78,7 +78,7 @@ def test_evaluate_export_and_report_work_on_the_finished_run(finished, tmp_path)
     done = vardrop("report", folder, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/") == 4
+    assert page.count("data:image/") == 5
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "not recorded" not in page
 
@@ -114,7 +114,7 @@ def test_a_report_says_what_is_missing_and_escapes_names(finished, tmp_path):
     run["config"]["net"] = "<script>alert(1)</script>"
     (tmp_path / "run.json").write_text(json.dumps(run))
     page = report(tmp_path).read_text()
-    assert page.count("not recorded") == 2
+    assert page.count("not recorded") == 3
     assert "<script>" not in page and "&lt;script&gt;" in page
     with pytest.raises(StorageError, match=r"run.json does not exist"):
         report(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vardrop.errors import DataError, InvalidValueError
-from vardrop.zoo import NETS, Batches, Split, build_net, check_fits, load_data, validation_split
+from vardrop.zoo import NETS, Batches, Split, build_net, check_fits, load_data, load_inputs, validation_split
 
 
 def weights(net: nn.Module) -> int:
@@ -182,6 +182,21 @@ def test_folders_that_are_missing_or_of_another_layout_are_refused(tmp_path):
     (tmp_path / "c" / "x").mkdir(parents=True)
     with pytest.raises(DataError, match="'x' could not be read from"):
         load_data("x", data_root=tmp_path / "c")
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_strange_inputs_need_no_training_split_and_may_lie_in_any_folder(tmp_path):
+    write_hub_folder(tmp_path, splits=("test",))
+    by_name = load_inputs("some/set", input_shape=(1, 4, 5), data_root=tmp_path)
+    assert torch.allclose(by_name[2], torch.full((1, 4, 5), 100 / 255)) and len(by_name) == 4
+    folder = str(tmp_path / "some" / "set")
+    for root in (None, tmp_path / "elsewhere"):
+        assert torch.equal(load_inputs(folder, input_shape=(1, 4, 5), data_root=root), by_name)
+    with pytest.raises(DataError, match=r"inputs of shape \(1, 4, 5\), but the net takes \(1, 8, 8\)"):
+        load_inputs("some/set", input_shape=(1, 8, 8), data_root=tmp_path)
+    write_hub_folder(tmp_path / "b", splits=("train",))
+    with pytest.raises(DataError, match="has the splits train: must have test"):
+        load_inputs("some/set", input_shape=(1, 4, 5), data_root=tmp_path / "b")
 
 
 def test_the_order_of_batches_follows_from_seed_and_epoch_alone():

@@ -43,7 +43,8 @@ def shrink(
     for them, and gradients, are cut to match. Layers without a bias get none: a constant in front of them stays. The
     net must run through the same layers in training as in eval mode.
 
-    Nothing is cut while the marks or rules leave a layer no living weight; the notes of the plan then say so.
+    Nothing is cut while marks or rules leave a layer without a living weight or unit; the notes of the plan then say
+    so. A weight that is exactly zero counts as dead, marked or not.
 
     Args:
         model: converted; shrink before you wrap it for several processes.
@@ -79,13 +80,16 @@ def shrink(
     """
     _check_model(model)
     _check_optimizer(model, optimizer)
-    marked = _marked(model)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    marked, complaint = _marked(model)
+    if complaint is not None:
+        return Plan((), (f"nothing is cut: {complaint}",), whole, whole)
     done, graph, alive = prove(strip(deepcopy(marked)), as_arguments(example_inputs), on_unknown, new_biases=False)
     cuts = dict(_cuts(model, graph, alive))
     empty = _emptied(marked, cuts)
     if empty is not None:
         note = f"nothing is cut: what is dead leaves {empty!r} without a living weight"
-        return Plan((), (note,), done.parameters_before, done.parameters_before)
+        return Plan((), (note,), whole, whole)
     with torch.no_grad():
         small = {name: _laid_like(cut(tensor), tensor) for name, (tensor, cut) in cuts.items()}
         for name, added in _constants(marked, graph, alive):
@@ -142,18 +146,23 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 )
 
 
-def _marked(model: nn.Module) -> nn.Module:
-    """A copy of `model` where all sites bear marks: those they have, or else those of their rule."""
+def _marked(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """A copy of `model` where all sites bear marks, those they have or else those of their rule.
+
+    And what there is to complain of where a rule would leave a site nothing.
+    """
     marked = deepcopy(model)
     kept = {site.name: site.noise.mask for site in sites(marked)}
     if any(mask is None for mask in kept.values()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EmptyLayerWarning)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", EmptyLayerWarning)
             prune(marked)
+        if caught:
+            return marked, str(caught[0].message).partition(";")[0]
         for site in sites(marked):
             if kept[site.name] is not None:
                 site.noise.mask = kept[site.name]
-    return marked
+    return marked, None
 
 
 def _cuts(model: nn.Module, graph: Graph, alive: Alive) -> Iterator[tuple[str, tuple[Tensor, Cut]]]:

@@ -91,6 +91,31 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     return _checked(spec, _from_hub(DATASETS.get(spec, spec), data_root))
 
 
+def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | None = None) -> Tensor:
+    """The test inputs of the data set called `spec`, which may have other labels than a net knows, or no train split.
+
+    Args:
+        spec: as in :func:`load_data`; of a Hub data set, one of images. It may also be the path of a folder.
+        input_shape: the shape that one input must have.
+        data_root: as in :func:`load_data`.
+
+    Raises:
+        DataError: the folder is missing or of another layout, or inputs are of another shape or not finite.
+
+    >>> from vardrop.zoo import load_inputs
+    >>> load_inputs("digits", input_shape=(1, 8, 8)).shape
+    torch.Size([360, 1, 8, 8])
+    """
+    if spec == "digits" or is_own(spec):
+        x = load_data(spec).test.x
+    else:
+        name = DATASETS.get(spec, spec)
+        x = _decoded(name, _tables(name, data_root, "test")["test"]).x
+    if x.shape[1:] != input_shape:
+        raise DataError(f"data {spec!r}: inputs of shape {tuple(x.shape[1:])}, but the net takes {input_shape}")
+    return x
+
+
 def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     """Sets `count` examples apart, drawn by `seed`: what is left, and what was set apart.
 
@@ -169,7 +194,8 @@ def _digits() -> tuple[Split, Split]:
     return Split(x_train.float()[:, None], y_train.long()), Split(x_test.float()[:, None], y_test.long())
 
 
-def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
+    """The data set `name` as it is on the Hub; it must have the `splits`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -185,8 +211,13 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
             f"data {name!r} could not be read from {where}: {type(error).__name__}: {error}; "
             "a local copy is named with --data-root"
         ) from error
-    if not {"train", "test"} <= set(found):
-        raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have train and test")
+    if not set(splits) <= set(found):
+        raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have {' and '.join(splits)}")
+    return found
+
+
+def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+    found = _tables(name, data_root, "train", "test")
     columns = set(found["train"].column_names)
     column = next((column for column in TEXT_COLUMNS if column in columns), None)
     if column is None:
