@@ -16,14 +16,14 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vardrop.baselines import baselines
-from vardrop.compress import Job, Listeners
+from vardrop.compress import Job
 from vardrop.errors import InvalidValueError, VardropError, VardropWarning
 from vardrop.methods import Method, methods
-from vardrop.train import Epoch, Schedule
+from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
+from vardrop.train import Schedule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -128,8 +128,8 @@ def compress(
         on_empty=on_empty,
         fast=fast,
     )
-    with _progress() as progress:
-        result = run(job, out, listeners=_listeners(progress))
+    with progress_of(console) as progress:
+        result = run(job, out, listeners=listeners_of(progress))
     console.print(result_table(result))
     if result["pruned"]["units"]:
         console.print(f"units {result['pruned']['units']}")
@@ -187,7 +187,7 @@ def sweep(
         data_root=data_root,
     )
     table = Table("run", "validation error %", against, "values", title="The front")
-    with _progress() as progress:
+    with progress_of(console) as progress:
         front = run(
             job,
             parse_search(search or [], job),
@@ -195,10 +195,10 @@ def sweep(
             trials=trials,
             against=against,
             storage=storage,
-            listeners=_listeners(progress),
+            listeners=listeners_of(progress),
         )
     for point in front:
-        values = ", ".join(f"{name}={_short(value)}" for name, value in point.values.items())
+        values = ", ".join(f"{name}={short(value)}" for name, value in point.values.items())
         table.add_row(point.run, f"{100 * point.error:.2f}", f"{point.size:,.1f}", values)
     console.print(table)
     console.print(f"picture: {out / 'front.png'}")
@@ -319,8 +319,8 @@ def demo(
     """The whole road in about a minute, on embedded data: train, convert, sparsify, compact, export, compare."""
     from vardrop.demo import demo as run
 
-    with _progress() as progress:
-        shown = run(out, listeners=_listeners(progress))
+    with progress_of(console) as progress:
+        shown = run(out, listeners=listeners_of(progress))
     console.print(demo_table(shown.rows))
     console.print(
         f"The small net gives the outputs of the pruned one (largest difference {shown.largest_difference:.1e}).\n"
@@ -372,85 +372,6 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     return text
 
 
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _listeners(progress: Progress) -> Listeners:
-    """Shows stages and epochs: error, NLL, KL and compression."""
-    tasks: list[TaskID] = []
-
-    def on_stage(name: str, epochs: int) -> None:
-        tasks.append(progress.add_task(name, total=epochs, figures=""))
-
-    def on_epoch(epoch: Epoch) -> None:
-        error, kind = (epoch.train_error, "train") if epoch.valid_error is None else (epoch.valid_error, "valid")
-        figures = (
-            f"{kind} error {100 * error:.2f} %, NLL {epoch.train_nll:.4f}, KL {epoch.kl:,.0f} nats, "
-            f"{epoch.compression:.1f}x" + (f", units {epoch.units}" if epoch.units else "")
-        )
-        progress.update(tasks[-1], completed=epoch.epoch + 1, figures=figures)
-
-    return Listeners(on_epoch=on_epoch, on_stage=on_stage)
-
-
-def result_table(result: dict[str, Any]) -> Table:
-    """The figures of a run, stage by stage."""
-    table = Table("net", "test error %", "NLL", "non-zero weights", "parameters", "bytes on disk", "compression")
-    for name in ("original", "trained", "pruned", "compacted"):
-        row = result[name]
-        if row is None:
-            continue
-        cells = (_count(row.get(key)) for key in ("nonzero", "parameters", "bytes"))
-        compression = f"{row['compression']:.1f}x" if "compression" in row else ""
-        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}", *cells, compression)
-    return table
-
-
-def evaluation_table(rows: dict[str, dict[str, float | None]]) -> Table:
-    """The figures of each way to predict side by side, those that were measured."""
-    shown = {
-        "error": ("test error %", 100, 2),
-        "nll": ("NLL, nats", 1, 4),
-        "brier": ("Brier score", 1, 4),
-        "ece": ("calibration error %", 100, 2),
-        "auroc_entropy": ("AUROC by entropy", 1, 4),
-        "auroc_mutual_information": ("AUROC by mutual information", 1, 4),
-    }
-    table = Table("prediction", *rows)
-    for key, (label, factor, digits) in shown.items():
-        values = [row.get(key) for row in rows.values()]
-        if any(value is not None for value in values):
-            table.add_row(label, *("" if value is None else f"{factor * value:.{digits}f}" for value in values))
-    return table
-
-
-def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """The original beside the small net."""
-    table = Table("", *rows, "ratio")
-    table.add_row("test error %", *(f"{100 * row['error']:.2f}" for row in rows.values()), "")
-    kinds = {
-        "nonzero": "non-zero parameters",
-        "parameters": "parameters",
-        "bytes": "bytes on disk",
-        "onnx_bytes": "bytes as ONNX",
-        "seconds": "latency in torch, microseconds",
-        "onnx_seconds": "latency in onnxruntime, microseconds",
-    }
-    for key, label in kinds.items():
-        values = [row[key] * (1e6 if "seconds" in key else 1) for row in rows.values()]
-        table.add_row(label, *(f"{value:,.0f}" for value in values), f"{values[0] / values[-1]:.1f}x")
-    return table
-
-
 def _show_warnings_as_lines() -> None:
     """The library's own warnings become one line on stderr, without the place in the code that raised them."""
     usual = warnings.showwarning
@@ -470,14 +391,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
 
 
 def main() -> None:
