@@ -206,3 +206,24 @@ def test_a_failure_is_told_by_the_signal_or_the_last_thing_said(tmp_path):
     assert runner._reason(-signal.SIGKILL, log) == "its process was ended by SIGKILL"
     log.write_text("")
     assert runner._reason(3, log) == "its process ended with status 3"
+
+
+def test_ctrl_c_stops_the_cells_at_work_and_frees_them(tmp_path, monkeypatch):
+    own = recipes(tmp_path / "own")
+    started = []
+    usual = runner._process
+
+    def process(cell, options):
+        started.append(usual(cell, options))
+        return started[-1]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_process", process)
+    cells = cells_of([load_tables(own)["own"]], "full", 1, ["Plain"])
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(cells, Options(tmp_path / "out", recipes=own), Watch(on_tick=interrupt))
+    assert len(started) == 1 and started[0].poll() not in (None, 0)
+    with runner._locked(tmp_path / "out" / cells[0].place) as free:
+        assert free

@@ -235,7 +235,7 @@ def test_claims_hold_fail_or_are_not_run(tmp_path):
         return [verdict for _, verdict in verdicts(table, found_of(table, **figures))]
 
     assert said() == said(A=[(2.0, 8.0)]) == ["not run", "not run"]
-    assert said(A=[(2.0, 8.0)], B=[(4.0, 30.0)]) == ["holds (full)", "holds (full; not run in full: C|D)"]
+    assert said(A=[(2.0, 8.0)], B=[(4.0, 30.0)]) == ["holds (full)", "holds (full; without C|D)"]
     assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full)"
     assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[1].startswith("does not hold here (full")
 

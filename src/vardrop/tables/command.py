@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from vardrop.files import replace_file
-from vardrop.tables.page import markdown, page
+from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, find_tables
 from vardrop.tables.runner import Options, cells_of, run_cells
 from vardrop.tables.show import beside, watching
@@ -44,7 +45,7 @@ def reproduce(
     """
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows)
-    with watching(console, cells, options.folder) as watch:
+    with watching(console, cells, options.folder) if cells else nullcontext() as watch:
         outcome = run_cells(cells, options, watch)
     for cell in cells:
         if store is not None and cell.place in outcome.finished:
@@ -54,7 +55,10 @@ def reproduce(
         for part in beside(table, found):
             console.print(part)
         where = options.folder / table.id
-        for path, text in ((where / "table.md", markdown(table, found)), (where / "table.html", page([table], found))):
+        for path, text in (
+            (where / "table.md", f"{markdown(table, found)}\n{LEGEND}\n"),
+            (where / "table.html", page([table], found)),
+        ):
             replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
         console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
     return outcome.failed

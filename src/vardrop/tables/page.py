@@ -179,7 +179,8 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
     """Whether the claim holds among the rows that were run, with the first budget that compares any."""
     best = table.rows[ordering.better]
     for budget in found.budgets(list(best.runs.values())):
-        broken, missing, compared = False, [], False
+        broken, compared = False, False
+        missing: dict[str, list[str]] = {"without": [], "in part against": []}
         for name in ordering.than:
             pairs = [
                 (column, _joined(table, best, column, budget, found), other)
@@ -188,10 +189,10 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
             ]
             known = [(column, ours, other) for column, ours, other in pairs if ours is not None and other is not None]
             if len(known) < len(pairs):
-                missing.append(name)
+                missing["in part against" if known else "without"].append(name)
             compared |= bool(known)
             broken |= any(not table.figures[column].beats(ours.value, other.value) for column, ours, other in known)
         if compared:
-            rest = f"; not run in full: {', '.join(missing)}" if missing else ""
-            return f"{FAILS if broken else HOLDS} ({budget}{rest})"
+            rest = [f"{how} {', '.join(names)}" for how, names in missing.items() if names]
+            return f"{FAILS if broken else HOLDS} ({'; '.join([budget, *rest])})"
     return NOT_RUN
