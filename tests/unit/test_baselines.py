@@ -19,6 +19,10 @@ def layer(method, values):
     return vd.convert(plain, method)
 
 
+class Last(nn.Sequential):
+    """Not known to be the last layer of a net, so that its outputs may have a gate."""
+
+
 def step(net, epoch):
     next(vd.sites(net)).method.step(net.noise, net.weight, epoch)
 
@@ -68,6 +72,51 @@ def test_the_masks_of_surgery_change_ever_more_rarely():
     assert abs(changed / 2000 - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("build", "place", "groups"),
+    [
+        (lambda: nn.Linear(6, 5), "auto", lambda w: [w[:, i] for i in range(6)]),
+        (lambda: nn.Linear(6, 5), "output", lambda w: [w[i] for i in range(5)]),
+        (lambda: nn.Conv2d(3, 4, 3), "auto", lambda w: [w[i, :, :, :] for i in range(4)]),
+        (lambda: nn.Conv2d(3, 4, 3), "input", lambda w: [w[:, i, :, :] for i in range(3)]),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), "input", lambda w: [w[3 * (i // 2) :, i % 2][:3] for i in range(4)]),
+        (
+            lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "output",
+            lambda w: [w[2 * (i // 3) :, i % 3][:2] for i in range(6)],
+        ),
+        (lambda: nn.Embedding(7, 4), "auto", lambda w: [w[i] for i in range(7)]),
+    ],
+)
+def test_group_lasso_is_the_sum_of_the_norms_of_the_groups(build, place, groups):
+    layer = vd.convert(Last(build()), vd.StructuredSparsityLearning(place=place, strength=2.0))[0]
+    expected = 2.0 * sum(group.square().sum().sqrt() for group in groups(layer.weight))
+    torch.testing.assert_close(vd.kl(layer), expected)
+    gradient, wanted = (torch.autograd.grad(value, layer.weight)[0] for value in (vd.kl(layer), expected))
+    torch.testing.assert_close(gradient, wanted)
+    with torch.no_grad():
+        groups(layer.weight)[1].mul_(0.0)
+    assert torch.isfinite(torch.autograd.grad(vd.kl(layer), layer.weight)[0]).all()
+    vd.prune(layer)
+    dead = [bool((group == 0).all()) for group in groups(layer.gate.masked(layer.weight))]
+    assert dead == [i == 1 for i in range(len(dead))] == (~layer.gate.mask).tolist()
+
+
+def test_a_unit_without_its_weights_keeps_its_bias():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    with torch.no_grad():
+        net[0].weight[1] = 1e-5
+        net[0].bias.fill_(0.5)
+    vd.convert(net, vd.StructuredSparsityLearning(), include="0")
+    x = torch.randn(2, 1, 3, 3)
+    before = net.eval()(x)
+    assert vd.prune(net).units == "2"
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-4)
+    small = vd.compact(net, x)
+    assert small[0].out_channels == 2
+    torch.testing.assert_close(small(x), net(x))
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)
@@ -83,6 +132,7 @@ def test_the_objective_moves_masks_in_training_only():
     [
         ("magnitude-pruning", ["sparsity=0.9", "start=3", "every=2", "rounds=2"]),
         ("dynamic-network-surgery", ["c=1.5"]),
+        ("structured-sparsity-learning", ["strength=1", "threshold=0.02"]),
         ("bernoulli-dropout", ["rate=0"]),  # no dropout: the plain net
     ],
 )
@@ -99,6 +149,9 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
         assert run["pruned"]["compression"] == pytest.approx(10.0, rel=1e-2)
     elif name == "bernoulli-dropout":
         assert run["pruned"]["compression"] == 1.0
+    elif name == "structured-sparsity-learning":
+        assert all(run["pruned"]["alive"][site] < total for site, total in run["layers"].items())
+        assert run["pruned"]["units"] == "-".join(str(alive) for alive in run["pruned"]["alive"].values())
     else:
         assert run["pruned"]["compression"] > 3.0
 
@@ -116,6 +169,8 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
         (lambda: vd.DynamicNetworkSurgery(gamma=-1.0), r"gamma=-1.0"),
         (lambda: vd.DynamicNetworkSurgery(power=-1.0), r"power=-1.0"),
         (lambda: vd.DynamicNetworkSurgery().cutoff(0.0), r"threshold=0.0.*factor"),
+        (lambda: vd.StructuredSparsityLearning(strength=-1.0), r"StructuredSparsityLearning\(strength=-1.0\)"),
+        (lambda: vd.StructuredSparsityLearning(strength=float("inf")), r"strength=inf"),
         (lambda: make_method("magnitude-pruning", ["rounds=2.5"]), r"--set rounds=2.5: must be a whole number"),
     ],
 )
