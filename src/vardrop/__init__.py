@@ -7,6 +7,7 @@ from vardrop import functional as functional
 from vardrop import warmup as warmup
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
+from vardrop.baselines import SoftWeightSharing as SoftWeightSharing
 from vardrop.baselines import StructuredSparsityLearning as StructuredSparsityLearning
 from vardrop.baselines import baselines as baselines
 from vardrop.cite import cite as cite

@@ -1,5 +1,6 @@
 """The baselines, held to their papers' definitions by hand, and on digits through the whole road."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -117,6 +118,76 @@ def test_a_unit_without_its_weights_keeps_its_bias():
     torch.testing.assert_close(small(x), net(x))
 
 
+def mixture(noise, weight):
+    """Components, and their log-responsibilities up to a constant, by torch's own distributions."""
+    shares = torch.cat([torch.tensor([0.9]), 0.1 * torch.softmax(noise.logits, 0)]).double()
+    means = torch.cat([torch.zeros(1), noise.means]).double()
+    normal = torch.distributions.Normal(means, (-0.5 * noise.log_precisions).exp().double())
+    return normal, normal.log_prob(weight.double().unsqueeze(-1)) + shares.log()
+
+
+def shared_layer(**fields):
+    net = vd.convert(nn.Linear(9, 4), vd.SoftWeightSharing(components=3, zero_share=0.9, init_std=0.1, **fields))
+    with torch.no_grad():
+        net.noise.means.copy_(torch.tensor([-0.2, 0.15, 0.3]))
+        net.noise.log_precisions.add_(torch.randn(4))
+        net.noise.logits.add_(torch.randn(3))
+    return net
+
+
+def test_soft_weight_sharing_pays_for_the_density_of_its_mixture_and_hyper_priors():
+    net = shared_layer(tau=0.3)
+    gammas = torch.distributions.Gamma(
+        torch.tensor([5000.0, 250.0, 250.0, 250.0]).double(), torch.tensor([2.0, 0.1, 0.1, 0.1]).double()
+    )
+    _, joint = mixture(net.noise, net.weight)
+    hyper = gammas.log_prob(net.noise.log_precisions.double().exp())
+    expected = -0.3 * (joint.logsumexp(-1).sum() + hyper.sum())
+    parameters = [net.weight, *net.noise.parameters()]
+    torch.testing.assert_close(vd.kl(net), expected.float())
+    for ours, wanted in zip(*(torch.autograd.grad(value, parameters) for value in (vd.kl(net), expected)), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruned_weight_is_the_mean_of_its_likeliest_component():
+    net = shared_layer()
+    x, plain = torch.randn(2, 9), copy.deepcopy(net.weight.data)
+    torch.testing.assert_close(net.eval()(x), nn.functional.linear(x, plain, net.bias))
+    vd.prune(net)
+    normal, joint = mixture(net.noise, plain)
+    expected = normal.mean[joint.argmax(-1)].float()
+    assert 0 < int((expected == 0).sum()) < 36
+    assert torch.equal(net.noise.mask, expected != 0)
+    torch.testing.assert_close(net(x), nn.functional.linear(x, expected, net.bias))
+    torch.testing.assert_close(vd.strip(copy.deepcopy(net)).weight.data, expected)
+    torch.testing.assert_close(net.train()(x), nn.functional.linear(x, plain * (expected != 0), net.bias))
+    torch.testing.assert_close(vd.unprune(net).eval()(x), nn.functional.linear(x, plain, net.bias))
+
+
+def test_the_mixture_is_finite_far_from_its_components():
+    net = shared_layer()
+    with torch.no_grad():
+        net.weight.mul_(1e6)
+        net.noise.log_precisions.fill_(20.0)
+    value = vd.kl(net)
+    gradients = torch.autograd.grad(value, [net.weight, *net.noise.parameters()])
+    assert all(torch.isfinite(found).all() for found in (value, *gradients))
+
+
+def test_the_first_means_span_the_weights_and_their_parameters_learn_at_their_own_rates():
+    net = vd.convert(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), vd.SoftWeightSharing(components=4))
+    torch.testing.assert_close(net[0].noise.means.min(), net[0].weight.min())
+    torch.testing.assert_close(net[0].noise.means.diff(), (net[0].weight.max() - net[0].weight.min()).expand(3) / 3)
+    groups = {group["lr"]: group["params"] for group in vd.parameter_groups(net, lr=5e-4)}
+    assert groups.keys() == {5e-4, 1e-4, 3e-3}
+    own, means, others = (set(map(id, groups[lr])) for lr in (5e-4, 1e-4, 3e-3))
+    assert own == {id(parameter) for layer in net for parameter in (layer.weight, layer.bias)}
+    assert means == {id(layer.noise.means) for layer in net}
+    assert others == {id(parameter) for layer in net for parameter in (layer.noise.log_precisions, layer.noise.logits)}
+    optimizer = Schedule(lr=5e-4).optimizer(net)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-4, 5e-4, 3e-3]
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)
@@ -133,6 +204,7 @@ def test_the_objective_moves_masks_in_training_only():
         ("magnitude-pruning", ["sparsity=0.9", "start=3", "every=2", "rounds=2"]),
         ("dynamic-network-surgery", ["c=1.5"]),
         ("structured-sparsity-learning", ["strength=1", "threshold=0.02"]),
+        ("soft-weight-sharing", ["tau=0.1", "zero_share=0.7", "init_std=0.05"]),
         ("bernoulli-dropout", ["rate=0"]),  # no dropout: the plain net
     ],
 )
@@ -140,7 +212,7 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
     schedule = Schedule(epochs=10, batch_size=50, lr=3e-3, decay_from=5, warmup_epochs=0)
     method = make_method(name, settings)
     job = Job(net="lenet-300-100", data="digits", method=method, schedule=schedule)
-    if name == "dynamic-network-surgery":  # its thresholds are those of trained weights
+    if name in ("dynamic-network-surgery", "soft-weight-sharing"):  # they start from trained weights
         job = dataclasses.replace(job, pretrain=5)
     run = compress(job, tmp_path / "run")
     assert run["pruned"]["error"] == run["compacted"]["error"] < 0.3
@@ -171,6 +243,11 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
         (lambda: vd.DynamicNetworkSurgery().cutoff(0.0), r"threshold=0.0.*factor"),
         (lambda: vd.StructuredSparsityLearning(strength=-1.0), r"StructuredSparsityLearning\(strength=-1.0\)"),
         (lambda: vd.StructuredSparsityLearning(strength=float("inf")), r"strength=inf"),
+        (lambda: vd.SoftWeightSharing(components=0), r"SoftWeightSharing\(components=0\)"),
+        (lambda: vd.SoftWeightSharing(zero_share=1.0), r"zero_share=1.0"),
+        (lambda: vd.SoftWeightSharing(tau=-1.0), r"tau=-1.0"),
+        (lambda: vd.SoftWeightSharing(means_lr=0.0), r"means_lr=0.0"),
+        (lambda: vd.SoftWeightSharing().cutoff(float("nan")), r"threshold=nan"),
         (lambda: make_method("magnitude-pruning", ["rounds=2.5"]), r"--set rounds=2.5: must be a whole number"),
     ],
 )

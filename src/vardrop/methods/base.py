@@ -87,6 +87,10 @@ class Method:
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
         """What a baseline does once for each training loss, such as moving its mask; `epoch` counts from 0."""
 
+    def learning_rates(self, noise: Noise) -> dict[str, float]:
+        """Learning rates, by name, of those parameters of the noise that have one of their own."""
+        return {}
+
     def project(self, noise: Noise) -> None:
         """Puts the noise's parameters back into their domain after an optimiser step, in place."""
 
