@@ -116,6 +116,7 @@ QUIET = (MaskedWeights, MaskedUnits)
 METHODS = {name: cls() for name, cls in vd.methods().items()}
 VARIANTS = {
     **METHODS,
+    "bernoulli-dropout-recurrent": vd.BernoulliDropout(rate=0.1, recurrent_rate=0.5),
     "concrete-dropout": vd.ConcreteDropout(init_rate=0.5),  # where the mean of the relaxed draws is exact
     "variational-dropout-input": vd.VariationalDropout(alpha="input"),
     "variational-dropout-output": vd.VariationalDropout(alpha="output"),

@@ -65,6 +65,10 @@ class Method:
         """Whether the noise is a gate on the units of a layer, rather than on its weights."""
         return False
 
+    def papers(self, parameter: str) -> tuple[Paper, ...]:
+        """The sources of what this method is on the weight of a layer that is called `parameter`."""
+        return (self.paper,)
+
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         """A fresh noise for a layer with this `weight`, whose axes are told by `layout`."""
         raise NotImplementedError(f"{type(self).__name__} must make a noise")
