@@ -5,6 +5,7 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 
 from vardrop import functional as functional
 from vardrop import warmup as warmup
+from vardrop.baselines import AdversarialDropout as AdversarialDropout
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
 from vardrop.baselines import SoftWeightSharing as SoftWeightSharing

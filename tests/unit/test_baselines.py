@@ -11,6 +11,7 @@ import vardrop as vd
 from vardrop.cli import make_method
 from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
+from vardrop.noise.unit import worst_near
 from vardrop.train import Schedule
 
 
@@ -18,6 +19,13 @@ def layer(method, values):
     plain = nn.Linear(len(values), 1, bias=False)
     plain.weight.data.copy_(torch.tensor([values]))
     return vd.convert(plain, method)
+
+
+class First(nn.Module):
+    """The output of a recurrent layer, without its last state."""
+
+    def forward(self, outputs):
+        return outputs[0]
 
 
 class Last(nn.Sequential):
@@ -188,6 +196,58 @@ def test_the_first_means_span_the_weights_and_their_parameters_learn_at_their_ow
     assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-4, 5e-4, 3e-3]
 
 
+def test_adversarial_dropout_adds_the_loss_with_the_worst_mask_near_the_random_one():
+    net = vd.convert(nn.Linear(20, 3), vd.AdversarialDropout(rate=0.4, budget=0.15, weight=0.7)).double()
+    x, y = torch.randn(5, 20, dtype=torch.float64), torch.randint(3, (5,))
+    elbo = vd.ELBO(num_data=5)
+    with vd.noise(net, generator=torch.Generator().manual_seed(1)):
+        loss = elbo(net.train(), lambda: nn.functional.cross_entropy(net(x), y))
+    random = (torch.rand(5, 20, generator=torch.Generator().manual_seed(1)) >= 0.4).double()
+
+    def losses(masks):
+        logits = (x * masks / 0.6) @ net.weight.T + net.bias
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    worst = random.clone()
+    slope = torch.autograd.functional.jacobian(lambda masks: losses(masks).sum(), random)
+    for example in range(5):
+        flips = [(float(slope[example, i] * (1 - 2 * random[example, i])), i) for i in range(20)]
+        for gain, i in sorted(flips, reverse=True)[:3]:  # 0.15 * 20
+            if gain > 0:
+                worst[example, i] = 1 - random[example, i]
+    torch.testing.assert_close(elbo.nll, losses(random).mean().detach())
+    torch.testing.assert_close(loss, losses(random).mean() + 0.7 * losses(worst).mean())
+    assert (losses(worst) > losses(random)).all()  # the loss is convex in the mask
+    (ours,) = torch.autograd.grad(loss, net.weight)
+    (wanted,) = torch.autograd.grad(losses(random).mean() + 0.7 * losses(worst).mean(), net.weight)
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_the_worst_mask_is_the_best_of_all_masks_in_reach_to_first_order():
+    mask, slope = (torch.rand(4, 6) > 0.5).float(), torch.randn(4, 6)
+    found = worst_near(mask, slope, 0.4, 4)  # two of six
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
+    for row in range(4):
+        near = every[(every - mask[row]).abs().sum(1) <= 2]
+        assert (near @ slope[row]).max() == pytest.approx(float(found[row] @ slope[row]))
+        assert (found[row] - mask[row]).abs().sum() <= 2
+    assert torch.equal(worst_near(mask, slope, 0.0, 4), mask)
+
+
+def test_adversarial_dropout_is_plain_outside_training_and_refuses_a_loss_without_a_second_pass():
+    net = vd.convert(nn.Sequential(nn.LSTM(4, 4, batch_first=True), First(), nn.Linear(4, 2)), vd.AdversarialDropout())
+    x, elbo = torch.randn(3, 5, 4), vd.ELBO(num_data=3)
+    with pytest.raises(InvalidValueError, match=r"elbo\(net, lambda: cross_entropy"):
+        elbo(net.train(), net(x).square().mean())
+    passes = []
+    assert torch.equal(elbo(net.eval(), lambda: passes.append(1) or net(x).square().mean()), elbo.nll)
+    assert len(passes) == 1
+    elbo(net.train(), lambda: passes.append(1) or net(x).square().mean()).backward()
+    assert len(passes) == 3
+    assert all(site.noise.first is None and not site.noise.second for site in vd.sites(net))
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)
@@ -205,6 +265,7 @@ def test_the_objective_moves_masks_in_training_only():
         ("dynamic-network-surgery", ["c=1.5"]),
         ("structured-sparsity-learning", ["strength=1", "threshold=0.02"]),
         ("soft-weight-sharing", ["tau=0.1", "zero_share=0.7", "init_std=0.05"]),
+        ("adversarial-dropout", ["rate=0.2"]),
         ("bernoulli-dropout", ["rate=0"]),  # no dropout: the plain net
     ],
 )
@@ -219,7 +280,7 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
     assert run["compacted"]["largest_difference"] < 1e-4
     if name == "magnitude-pruning":
         assert run["pruned"]["compression"] == pytest.approx(10.0, rel=1e-2)
-    elif name == "bernoulli-dropout":
+    elif name in ("bernoulli-dropout", "adversarial-dropout"):
         assert run["pruned"]["compression"] == 1.0
     elif name == "structured-sparsity-learning":
         assert all(run["pruned"]["alive"][site] < total for site, total in run["layers"].items())
@@ -248,6 +309,9 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
         (lambda: vd.SoftWeightSharing(tau=-1.0), r"tau=-1.0"),
         (lambda: vd.SoftWeightSharing(means_lr=0.0), r"means_lr=0.0"),
         (lambda: vd.SoftWeightSharing().cutoff(float("nan")), r"threshold=nan"),
+        (lambda: vd.AdversarialDropout(rate=1.0), r"AdversarialDropout\(rate=1.0\)"),
+        (lambda: vd.AdversarialDropout(budget=1.5), r"budget=1.5"),
+        (lambda: vd.AdversarialDropout(weight=-1.0), r"weight=-1.0"),
         (lambda: make_method("magnitude-pruning", ["rounds=2.5"]), r"--set rounds=2.5: must be a whole number"),
     ],
 )

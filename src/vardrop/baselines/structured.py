@@ -28,7 +28,7 @@ class StructuredSparsityLearning(GateMethod):
             examples of MNIST.
         threshold: root mean square of the weights of a group.
 
-    Source: arXiv:1608.03665, equations 1 to 3.
+    Source: arXiv:1608.03665, equations 1 and 2.
 
     >>> net = vd.convert(torch.nn.Linear(2, 2, bias=False), vd.StructuredSparsityLearning(strength=10.0))
     >>> net.weight.data.copy_(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))

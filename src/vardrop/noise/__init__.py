@@ -16,6 +16,7 @@ from vardrop.noise.mixture import SharedWeights as SharedWeights
 from vardrop.noise.pruning import MaskedUnits as MaskedUnits
 from vardrop.noise.pruning import MaskedWeights as MaskedWeights
 from vardrop.noise.pruning import SplicedWeights as SplicedWeights
+from vardrop.noise.unit import AdversarialNoise as AdversarialNoise
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise
