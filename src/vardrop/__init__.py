@@ -8,8 +8,11 @@ from vardrop import metrics as metrics
 from vardrop import uncertainty as uncertainty
 from vardrop import warmup as warmup
 from vardrop.ablate import ablate as ablate
+from vardrop.baselines import AdversarialDropout as AdversarialDropout
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
+from vardrop.baselines import SoftWeightSharing as SoftWeightSharing
+from vardrop.baselines import StructuredSparsityLearning as StructuredSparsityLearning
 from vardrop.baselines import baselines as baselines
 from vardrop.cite import cite as cite
 from vardrop.compare import measure as measure

@@ -14,5 +14,5 @@ def cite(model: nn.Module) -> str:
     >>> print(vd.cite(net).splitlines()[0])
     @misc{liu2019variational,
     """
-    papers = {site.method.paper.key: site.method.paper for site in sites(model)}
+    papers = {paper.key: paper for site in sites(model) for paper in site.method.papers(site.parameter)}
     return "\n\n".join(paper.bibtex for paper in papers.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vardrop import warmup as schedules
 from vardrop.errors import InvalidValueError
+from vardrop.noise import AdversarialNoise
 from vardrop.sites import sites
 
 
@@ -30,8 +32,9 @@ def kl(model: nn.Module) -> Tensor:
 class ELBO:
     """The negative evidence lower bound per example, to be minimised.
 
-    ``loss = nll + beta * kl / num_data`` with ``beta = kl_factor * warmup(epoch)``. Call :meth:`step_epoch` at the
-    start of every epoch, so that the first epoch is number 0.
+    ``loss = nll + beta * kl / num_data`` with ``beta = kl_factor * warmup(epoch)``, and the loss of the second pass of
+    :class:`AdversarialDropout`. Call :meth:`step_epoch` at the start of every epoch, so that the first epoch is
+    number 0.
 
     Args:
         num_data: training examples, augmentation not counted; predicted tokens for a language model.
@@ -72,16 +75,18 @@ class ELBO:
         """Begins the next epoch."""
         self.epoch += 1
 
-    def __call__(self, model: nn.Module, nll: Tensor) -> Tensor:
-        """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example."""
-        if nll.dim() != 0:
-            raise InvalidValueError(f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch")
+    def __call__(self, model: nn.Module, nll: Tensor | Callable[[], Tensor]) -> Tensor:
+        """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example.
+
+        Methods that need a second pass take a function that runs the model and gives it; the others take either.
+        """
+        nll, extra = _nll_and_extra(model, nll)
         if model.training and torch.is_grad_enabled():
             for site in sites(model):
                 site.method.step(site.noise, site.weight, max(self.epoch, 0))
         total = kl(model)
         self.nll, self.kl = nll.detach(), total.detach()
-        return nll + total * (self.beta / self.num_data)
+        return nll + extra + total * (self.beta / self.num_data)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the epoch."""
@@ -90,3 +95,32 @@ class ELBO:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the epoch of :meth:`state_dict`."""
         self.epoch = int(state["epoch"])
+
+
+def _nll_and_extra(model: nn.Module, nll: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Tensor | float]:
+    """The mean negative log-likelihood, and what a second pass with adversarial masks adds to the loss."""
+    found = [site.noise for site in sites(model) if isinstance(site.noise, AdversarialNoise)]
+    if not (found and model.training and torch.is_grad_enabled()):
+        return _scalar(nll() if callable(nll) else nll), 0.0
+    if not callable(nll):
+        raise InvalidValueError(
+            "nll is a tensor, but AdversarialDropout needs a second pass: give elbo a function that runs the model, "
+            "such as elbo(net, lambda: cross_entropy(net(x), y))"
+        )
+    for noise in found:
+        noise.begin()
+    first = _scalar(nll())
+    drawn = [mask for noise in found for mask in noise.first or []]
+    gradients = iter(torch.autograd.grad(first, drawn, retain_graph=True, materialize_grads=True) if drawn else ())
+    for noise in found:
+        noise.turn([next(gradients) for _ in noise.first or []])
+    second = _scalar(nll())
+    for noise in found:
+        noise.second.clear()
+    return first, found[0].weight * second
+
+
+def _scalar(nll: Tensor) -> Tensor:
+    if nll.dim() != 0:
+        raise InvalidValueError(f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch")
+    return nll

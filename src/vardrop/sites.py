@@ -109,8 +109,9 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
         gate_lr: learning rate of gates.
 
     Returns:
-        Up to three groups, each ``{"params": [...], "lr": ...}``, those of noise with ``"weight_decay": 0.0``: the
-        model's own parameters, the noise on weights, the gates. Every trainable parameter is in one of them once.
+        Groups, each ``{"params": [...], "lr": ...}``, those of noise with ``"weight_decay": 0.0``: the model's own
+        parameters, the noise on weights, the gates, and one for each learning rate that a method itself gives to
+        parameters of its noise. Every trainable parameter is in one of them once.
 
     Raises:
         InvalidValueError: a learning rate is not a finite number, at least 0.
@@ -124,14 +125,21 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
     for name, rate in (("lr", lr), ("gate_lr", gate_lr)):
         if not 0.0 <= rate < math.inf:
             raise InvalidValueError(f"{name}={rate}: must be a finite number, at least 0")
-    counted = {parameter: site.counts for site in sites(model) for parameter in site.noise.parameters()}
-    members: dict[str, list[nn.Parameter]] = {"own": [], "weights": [], "units": []}
+    members: dict[tuple[str, float], list[nn.Parameter]] = {
+        ("own", lr): [],
+        ("weights", lr): [],
+        ("units", gate_lr): [],
+    }
+    kinds: dict[Tensor, tuple[str, float]] = {}
+    for site in sites(model):
+        rates = site.method.learning_rates(site.noise)
+        for name, parameter in site.noise.named_parameters():
+            kinds[parameter] = (site.counts, rates.get(name, gate_lr if site.counts == "units" else lr))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            members[counted.get(parameter, "own")].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": members["own"], "lr": lr},
-        {"params": members["weights"], "lr": lr, "weight_decay": 0.0},
-        {"params": members["units"], "lr": gate_lr, "weight_decay": 0.0},
+            members.setdefault(kinds.get(parameter, ("own", lr)), []).append(parameter)
+    return [
+        {"params": found, "lr": rate} | ({} if kind == "own" else {"weight_decay": 0.0})
+        for (kind, rate), found in members.items()
+        if found
     ]
-    return [group for group in groups if group["params"]]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -234,10 +235,9 @@ def _one_epoch(
     for step, (inputs, labels) in enumerate(batches):
         own = slice(accelerator.process_index, None, accelerator.num_processes)
         x, y = inputs[own].to(device), labels[own].to(device)
-        with accelerator.autocast():
-            logits = model(x)
-        logits = logits.float()
-        loss = elbo(model, F.cross_entropy(logits, y))
+        passes: list[Tensor] = []
+        loss = elbo(model, partial(_nll, model, x, y, accelerator, passes))
+        logits = passes[0]
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"the loss is {loss.item()} at epoch {elbo.epoch}, step {step}: {_culprit(model, x)}; "
@@ -256,6 +256,14 @@ def _one_epoch(
         torch.stack([wrong, nll, torch.tensor(float(count), device=device)])
     ).tolist()
     return wrong / total, nll / total
+
+
+def _nll(model: nn.Module, x: Tensor, y: Tensor, accelerator: Any, passes: list[Tensor]) -> Tensor:
+    """Mean negative log-likelihood, nats, of one pass, whose logits join `passes`."""
+    with accelerator.autocast():
+        logits = model(x)
+    passes.append(logits.float())
+    return F.cross_entropy(passes[-1], y)
 
 
 def _culprit(model: nn.Module, x: Tensor) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vardrop as vd
 from vardrop.layers import shows_units, takes_gates
+from vardrop.noise import MaskedUnits, MaskedWeights
 
 
 def convert(net: nn.Module, method: vd.Method | tuple[vd.Method, ...]) -> nn.Module:
@@ -109,9 +110,13 @@ LAYERS = {
     "embedding-bag": LayerCase(lambda: nn.EmbeddingBag(7, 4, mode="sum"), (3, 5), words=7),
 }
 
+QUIET = (MaskedWeights, MaskedUnits)
+"""The noises that draw nothing."""
+
 METHODS = {name: cls() for name, cls in vd.methods().items()}
 VARIANTS = {
     **METHODS,
+    "bernoulli-dropout-recurrent": vd.BernoulliDropout(rate=0.1, recurrent_rate=0.5),
     "concrete-dropout": vd.ConcreteDropout(init_rate=0.5),  # where the mean of the relaxed draws is exact
     "variational-dropout-input": vd.VariationalDropout(alpha="input"),
     "variational-dropout-output": vd.VariationalDropout(alpha="output"),
@@ -133,5 +138,8 @@ VARIANTS = {
     "structured-bp-input": vd.StructuredBP(place="input", draws="example", init_log_sigma=-1.0),
     "beta-bernoulli-output": vd.BetaBernoulli(place="output", init_a=2.0, init_b=3.0),
     "gate-and-noise": (vd.BetaBernoulli(place="input", init_a=2.0), vd.SparseVD()),
+    **{name: cls() for name, cls in vd.baselines().items()},
+    "structured-sparsity-learning-input": vd.StructuredSparsityLearning(place="input", threshold=0.25),
+    "structured-sparsity-learning-output": vd.StructuredSparsityLearning(place="output", threshold=0.25),
     "sparse-vd-weight-sampling": vd.SparseVD(sampling="weight", form="sigmoid", train_clip=True),
 }

@@ -1,5 +1,6 @@
 """The baselines, held to their papers' definitions by hand, and on digits through the whole road."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ import vardrop as vd
 from vardrop.cli import make_method
 from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
+from vardrop.noise.unit import worst_near
 from vardrop.train import Schedule
 
 
@@ -17,6 +19,17 @@ def layer(method, values):
     plain = nn.Linear(len(values), 1, bias=False)
     plain.weight.data.copy_(torch.tensor([values]))
     return vd.convert(plain, method)
+
+
+class First(nn.Module):
+    """The output of a recurrent layer, without its last state."""
+
+    def forward(self, outputs):
+        return outputs[0]
+
+
+class Last(nn.Sequential):
+    """Not known to be the last layer of a net, so that its outputs may have a gate."""
 
 
 def step(net, epoch):
@@ -68,6 +81,173 @@ def test_the_masks_of_surgery_change_ever_more_rarely():
     assert abs(changed / 2000 - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("build", "place", "groups"),
+    [
+        (lambda: nn.Linear(6, 5), "auto", lambda w: [w[:, i] for i in range(6)]),
+        (lambda: nn.Linear(6, 5), "output", lambda w: [w[i] for i in range(5)]),
+        (lambda: nn.Conv2d(3, 4, 3), "auto", lambda w: [w[i, :, :, :] for i in range(4)]),
+        (lambda: nn.Conv2d(3, 4, 3), "input", lambda w: [w[:, i, :, :] for i in range(3)]),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), "input", lambda w: [w[3 * (i // 2) :, i % 2][:3] for i in range(4)]),
+        (
+            lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "output",
+            lambda w: [w[2 * (i // 3) :, i % 3][:2] for i in range(6)],
+        ),
+        (lambda: nn.Embedding(7, 4), "auto", lambda w: [w[i] for i in range(7)]),
+    ],
+)
+def test_group_lasso_is_the_sum_of_the_norms_of_the_groups(build, place, groups):
+    layer = vd.convert(Last(build()), vd.StructuredSparsityLearning(place=place, strength=2.0))[0]
+    expected = 2.0 * sum(group.square().sum().sqrt() for group in groups(layer.weight))
+    torch.testing.assert_close(vd.kl(layer), expected)
+    gradient, wanted = (torch.autograd.grad(value, layer.weight)[0] for value in (vd.kl(layer), expected))
+    torch.testing.assert_close(gradient, wanted)
+    with torch.no_grad():
+        groups(layer.weight)[1].mul_(0.0)
+    assert torch.isfinite(torch.autograd.grad(vd.kl(layer), layer.weight)[0]).all()
+    vd.prune(layer)
+    dead = [bool((group == 0).all()) for group in groups(layer.gate.masked(layer.weight))]
+    assert dead == [i == 1 for i in range(len(dead))] == (~layer.gate.mask).tolist()
+
+
+def test_a_unit_without_its_weights_keeps_its_bias():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    with torch.no_grad():
+        net[0].weight[1] = 1e-5
+        net[0].bias.fill_(0.5)
+    vd.convert(net, vd.StructuredSparsityLearning(), include="0")
+    x = torch.randn(2, 1, 3, 3)
+    before = net.eval()(x)
+    assert vd.prune(net).units == "2"
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-4)
+    small = vd.compact(net, x)
+    assert small[0].out_channels == 2
+    torch.testing.assert_close(small(x), net(x))
+
+
+def mixture(noise, weight):
+    """Components, and their log-responsibilities up to a constant, by torch's own distributions."""
+    shares = torch.cat([torch.tensor([0.9]), 0.1 * torch.softmax(noise.logits, 0)]).double()
+    means = torch.cat([torch.zeros(1), noise.means]).double()
+    normal = torch.distributions.Normal(means, (-0.5 * noise.log_precisions).exp().double())
+    return normal, normal.log_prob(weight.double().unsqueeze(-1)) + shares.log()
+
+
+def shared_layer(**fields):
+    net = vd.convert(nn.Linear(9, 4), vd.SoftWeightSharing(components=3, zero_share=0.9, init_std=0.1, **fields))
+    with torch.no_grad():
+        net.noise.means.copy_(torch.tensor([-0.2, 0.15, 0.3]))
+        net.noise.log_precisions.add_(torch.randn(4))
+        net.noise.logits.add_(torch.randn(3))
+    return net
+
+
+def test_soft_weight_sharing_pays_for_the_density_of_its_mixture_and_hyper_priors():
+    net = shared_layer(tau=0.3)
+    gammas = torch.distributions.Gamma(
+        torch.tensor([5000.0, 250.0, 250.0, 250.0]).double(), torch.tensor([2.0, 0.1, 0.1, 0.1]).double()
+    )
+    _, joint = mixture(net.noise, net.weight)
+    hyper = gammas.log_prob(net.noise.log_precisions.double().exp())
+    expected = -0.3 * (joint.logsumexp(-1).sum() + hyper.sum())
+    parameters = [net.weight, *net.noise.parameters()]
+    torch.testing.assert_close(vd.kl(net), expected.float())
+    for ours, wanted in zip(*(torch.autograd.grad(value, parameters) for value in (vd.kl(net), expected)), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruned_weight_is_the_mean_of_its_likeliest_component():
+    net = shared_layer()
+    x, plain = torch.randn(2, 9), copy.deepcopy(net.weight.data)
+    torch.testing.assert_close(net.eval()(x), nn.functional.linear(x, plain, net.bias))
+    vd.prune(net)
+    normal, joint = mixture(net.noise, plain)
+    expected = normal.mean[joint.argmax(-1)].float()
+    assert 0 < int((expected == 0).sum()) < 36
+    assert torch.equal(net.noise.mask, expected != 0)
+    torch.testing.assert_close(net(x), nn.functional.linear(x, expected, net.bias))
+    torch.testing.assert_close(vd.strip(copy.deepcopy(net)).weight.data, expected)
+    torch.testing.assert_close(net.train()(x), nn.functional.linear(x, plain * (expected != 0), net.bias))
+    torch.testing.assert_close(vd.unprune(net).eval()(x), nn.functional.linear(x, plain, net.bias))
+
+
+def test_the_mixture_is_finite_far_from_its_components():
+    net = shared_layer()
+    with torch.no_grad():
+        net.weight.mul_(1e6)
+        net.noise.log_precisions.fill_(20.0)
+    value = vd.kl(net)
+    gradients = torch.autograd.grad(value, [net.weight, *net.noise.parameters()])
+    assert all(torch.isfinite(found).all() for found in (value, *gradients))
+
+
+def test_the_first_means_span_the_weights_and_their_parameters_learn_at_their_own_rates():
+    net = vd.convert(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), vd.SoftWeightSharing(components=4))
+    torch.testing.assert_close(net[0].noise.means.min(), net[0].weight.min())
+    torch.testing.assert_close(net[0].noise.means.diff(), (net[0].weight.max() - net[0].weight.min()).expand(3) / 3)
+    groups = {group["lr"]: group["params"] for group in vd.parameter_groups(net, lr=5e-4)}
+    assert groups.keys() == {5e-4, 1e-4, 3e-3}
+    own, means, others = (set(map(id, groups[lr])) for lr in (5e-4, 1e-4, 3e-3))
+    assert own == {id(parameter) for layer in net for parameter in (layer.weight, layer.bias)}
+    assert means == {id(layer.noise.means) for layer in net}
+    assert others == {id(parameter) for layer in net for parameter in (layer.noise.log_precisions, layer.noise.logits)}
+    optimizer = Schedule(lr=5e-4).optimizer(net)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-4, 5e-4, 3e-3]
+
+
+def test_adversarial_dropout_adds_the_loss_with_the_worst_mask_near_the_random_one():
+    net = vd.convert(nn.Linear(20, 3), vd.AdversarialDropout(rate=0.4, budget=0.15, weight=0.7)).double()
+    x, y = torch.randn(5, 20, dtype=torch.float64), torch.randint(3, (5,))
+    elbo = vd.ELBO(num_data=5)
+    with vd.noise(net, generator=torch.Generator().manual_seed(1)):
+        loss = elbo(net.train(), lambda: nn.functional.cross_entropy(net(x), y))
+    random = (torch.rand(5, 20, generator=torch.Generator().manual_seed(1)) >= 0.4).double()
+
+    def losses(masks):
+        logits = (x * masks / 0.6) @ net.weight.T + net.bias
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    worst = random.clone()
+    slope = torch.autograd.functional.jacobian(lambda masks: losses(masks).sum(), random)
+    for example in range(5):
+        flips = [(float(slope[example, i] * (1 - 2 * random[example, i])), i) for i in range(20)]
+        for gain, i in sorted(flips, reverse=True)[:3]:  # 0.15 * 20
+            if gain > 0:
+                worst[example, i] = 1 - random[example, i]
+    torch.testing.assert_close(elbo.nll, losses(random).mean().detach())
+    torch.testing.assert_close(loss, losses(random).mean() + 0.7 * losses(worst).mean())
+    assert (losses(worst) > losses(random)).all()  # the loss is convex in the mask
+    (ours,) = torch.autograd.grad(loss, net.weight)
+    (wanted,) = torch.autograd.grad(losses(random).mean() + 0.7 * losses(worst).mean(), net.weight)
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_the_worst_mask_is_the_best_of_all_masks_in_reach_to_first_order():
+    mask, slope = (torch.rand(4, 6) > 0.5).float(), torch.randn(4, 6)
+    found = worst_near(mask, slope, 0.4, 4)  # two of six
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
+    for row in range(4):
+        near = every[(every - mask[row]).abs().sum(1) <= 2]
+        assert (near @ slope[row]).max() == pytest.approx(float(found[row] @ slope[row]))
+        assert (found[row] - mask[row]).abs().sum() <= 2
+    assert torch.equal(worst_near(mask, slope, 0.0, 4), mask)
+
+
+def test_adversarial_dropout_is_plain_outside_training_and_refuses_a_loss_without_a_second_pass():
+    net = vd.convert(nn.Sequential(nn.LSTM(4, 4, batch_first=True), First(), nn.Linear(4, 2)), vd.AdversarialDropout())
+    x, elbo = torch.randn(3, 5, 4), vd.ELBO(num_data=3)
+    with pytest.raises(InvalidValueError, match=r"elbo\(net, lambda: cross_entropy"):
+        elbo(net.train(), net(x).square().mean())
+    passes = []
+    assert torch.equal(elbo(net.eval(), lambda: passes.append(1) or net(x).square().mean()), elbo.nll)
+    assert len(passes) == 1
+    elbo(net.train(), lambda: passes.append(1) or net(x).square().mean()).backward()
+    assert len(passes) == 3
+    assert all(site.noise.first is None and not site.noise.second for site in vd.sites(net))
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)
@@ -83,6 +263,9 @@ def test_the_objective_moves_masks_in_training_only():
     [
         ("magnitude-pruning", ["sparsity=0.9", "start=3", "every=2", "rounds=2"]),
         ("dynamic-network-surgery", ["c=1.5"]),
+        ("structured-sparsity-learning", ["strength=1", "threshold=0.02"]),
+        ("soft-weight-sharing", ["tau=0.1", "zero_share=0.7", "init_std=0.05"]),
+        ("adversarial-dropout", ["rate=0.2"]),
         ("bernoulli-dropout", ["rate=0"]),  # no dropout: the plain net
     ],
 )
@@ -90,15 +273,18 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
     schedule = Schedule(epochs=10, batch_size=50, lr=3e-3, decay_from=5, warmup_epochs=0)
     method = make_method(name, settings)
     job = Job(net="lenet-300-100", data="digits", method=method, schedule=schedule)
-    if name == "dynamic-network-surgery":  # its thresholds are those of trained weights
+    if name in ("dynamic-network-surgery", "soft-weight-sharing"):  # they start from trained weights
         job = dataclasses.replace(job, pretrain=5)
     run = compress(job, tmp_path / "run")
     assert run["pruned"]["error"] == run["compacted"]["error"] < 0.3
     assert run["compacted"]["largest_difference"] < 1e-4
     if name == "magnitude-pruning":
         assert run["pruned"]["compression"] == pytest.approx(10.0, rel=1e-2)
-    elif name == "bernoulli-dropout":
+    elif name in ("bernoulli-dropout", "adversarial-dropout"):
         assert run["pruned"]["compression"] == 1.0
+    elif name == "structured-sparsity-learning":
+        assert all(run["pruned"]["alive"][site] < total for site, total in run["layers"].items())
+        assert run["pruned"]["units"] == "-".join(str(alive) for alive in run["pruned"]["alive"].values())
     else:
         assert run["pruned"]["compression"] > 3.0
 
@@ -116,6 +302,16 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
         (lambda: vd.DynamicNetworkSurgery(gamma=-1.0), r"gamma=-1.0"),
         (lambda: vd.DynamicNetworkSurgery(power=-1.0), r"power=-1.0"),
         (lambda: vd.DynamicNetworkSurgery().cutoff(0.0), r"threshold=0.0.*factor"),
+        (lambda: vd.StructuredSparsityLearning(strength=-1.0), r"StructuredSparsityLearning\(strength=-1.0\)"),
+        (lambda: vd.StructuredSparsityLearning(strength=float("inf")), r"strength=inf"),
+        (lambda: vd.SoftWeightSharing(components=0), r"SoftWeightSharing\(components=0\)"),
+        (lambda: vd.SoftWeightSharing(zero_share=1.0), r"zero_share=1.0"),
+        (lambda: vd.SoftWeightSharing(tau=-1.0), r"tau=-1.0"),
+        (lambda: vd.SoftWeightSharing(means_lr=0.0), r"means_lr=0.0"),
+        (lambda: vd.SoftWeightSharing().cutoff(float("nan")), r"threshold=nan"),
+        (lambda: vd.AdversarialDropout(rate=1.0), r"AdversarialDropout\(rate=1.0\)"),
+        (lambda: vd.AdversarialDropout(budget=1.5), r"budget=1.5"),
+        (lambda: vd.AdversarialDropout(weight=-1.0), r"weight=-1.0"),
         (lambda: make_method("magnitude-pruning", ["rounds=2.5"]), r"--set rounds=2.5: must be a whole number"),
     ],
 )

@@ -230,6 +230,53 @@ def test_binary_dropout_drops_an_input_or_hidden_unit_for_all_gates():
         assert (drawn[:, ~kept] == 0).all() and 25 < int((~kept).sum()) < 75
 
 
+@every_kind
+@pytest.mark.parametrize("rates", [(0.4, None), (0.0, 0.5), (0.5, 0.0)], ids=["both", "hidden", "inputs"])
+def test_binary_dropout_is_one_mask_on_inputs_and_one_on_hidden_units_at_every_step(kind, rates):
+    rate, own = rates
+    net = vd.convert(KINDS[kind](7, 9).double(), vd.BernoulliDropout(rate=rate, recurrent_rate=own))
+    x, recurrent = torch.randn(6, 7, dtype=torch.float64), rate if own is None else own
+    draws = torch.Generator().manual_seed(1)
+    on_inputs = (torch.rand(1, 7, generator=draws) >= rate) / (1 - rate)
+    on_hidden = (torch.rand(1, 9, generator=draws) >= recurrent) / (1 - recurrent)
+    expected = with_masks(kind, net, x, on_inputs[0].double(), on_hidden[0].double())
+    torch.testing.assert_close(seeded(net, x)[0], expected)
+    assert ((on_inputs == 0).any(), (on_hidden == 0).any()) == (rate > 0, recurrent > 0)
+
+
+def with_masks(kind, net, x, on_inputs, on_hidden):
+    """Outputs of a recurrence from zero whose inputs and fed-back hidden units are masked at each of its steps."""
+    h, c, outputs = torch.zeros(9, dtype=x.dtype), torch.zeros(9, dtype=x.dtype), []
+    for now in x:
+        a = net.weight_ih_l0 @ (now * on_inputs) + net.bias_ih_l0
+        b = net.weight_hh_l0 @ (h * on_hidden) + net.bias_hh_l0
+        if kind == "lstm":
+            i, f, g, o = (a + b).chunk(4)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        elif kind == "gru":
+            (ar, az, an), (br, bz, bn) = a.chunk(3), b.chunk(3)
+            h_new = (an + (ar + br).sigmoid() * bn).tanh()
+            h = (1 - (az + bz).sigmoid()) * h_new + (az + bz).sigmoid() * h
+        else:
+            h = (a + b).tanh() if kind == "rnn-tanh" else (a + b).relu()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def test_hidden_units_alone_are_dropped_in_every_layer_and_direction():
+    net = nn.Sequential(nn.LSTM(20, 30, num_layers=2, bidirectional=True), nn.Linear(60, 5))
+    vd.convert(net, vd.BernoulliDropout(rate=0.0, recurrent_rate=0.5))
+    for site in vd.sites(net):
+        dropped = (site.noise.sample_weight(site.weight) == 0).all(dim=0).any()
+        assert dropped == ("weight_hh" in site.name)
+    assert [line.split("{")[1] for line in vd.cite(net).splitlines() if line.startswith("@")] == [
+        "hinton2012improving,",
+        "gal2016theoretically,",
+    ]
+    assert "gal2016" not in vd.cite(vd.convert(nn.Linear(2, 2), vd.BernoulliDropout()))
+
+
 def test_torchs_own_dropout_between_layers_stays():
     net = vd.convert(nn.LSTM(3, 4, num_layers=2, dropout=0.5), vd.SparseVD(init_log_std=-40.0))
     x = torch.randn(5, 2, 3)

@@ -1,6 +1,9 @@
 """What the papers compare with: methods without a posterior, converted, pruned and compacted by the same road."""
 
+from vardrop.baselines.adversarial import AdversarialDropout as AdversarialDropout
 from vardrop.baselines.magnitude import MagnitudePruning as MagnitudePruning
+from vardrop.baselines.sharing import SoftWeightSharing as SoftWeightSharing
+from vardrop.baselines.structured import StructuredSparsityLearning as StructuredSparsityLearning
 from vardrop.baselines.surgery import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.methods.base import Method
 

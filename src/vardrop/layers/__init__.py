@@ -23,6 +23,7 @@ from vardrop.layers.recurrent import NoisyGRU as NoisyGRU
 from vardrop.layers.recurrent import NoisyLSTM as NoisyLSTM
 from vardrop.layers.recurrent import NoisyRNN as NoisyRNN
 from vardrop.layers.recurrent import unsupported_recurrence
+from vardrop.noise import Layout
 
 NOISY: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NoisyLinear,
@@ -67,6 +68,13 @@ def noisy_parameters(layer: nn.Module) -> tuple[str, ...]:
         own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return (*(name for name in own if layer._parameters[name] is not None), "out_proj.weight")
     return ("weight",)
+
+
+def layout_of(layer: nn.Module, parameter: str) -> Layout:
+    """The layout of the weight called so in a noisy `layer`."""
+    layout: Layout = layer.layout  # type: ignore[assignment]
+    recurrent = isinstance(layer, nn.RNNBase) and parameter.startswith("weight_hh")
+    return layout._replace(recurrent=recurrent)
 
 
 def takes_gates(kind: type[nn.Module]) -> bool:

@@ -65,6 +65,10 @@ class Method:
         """Whether the noise is a gate on the units of a layer, rather than on its weights."""
         return False
 
+    def papers(self, parameter: str) -> tuple[Paper, ...]:
+        """The sources of what this method is on the weight of a layer that is called `parameter`."""
+        return (self.paper,)
+
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         """A fresh noise for a layer with this `weight`, whose axes are told by `layout`."""
         raise NotImplementedError(f"{type(self).__name__} must make a noise")
@@ -86,6 +90,10 @@ class Method:
 
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
         """What a baseline does once for each training loss, such as moving its mask; `epoch` counts from 0."""
+
+    def learning_rates(self, noise: Noise) -> dict[str, float]:
+        """Learning rates, by name, of those parameters of the noise that have one of their own."""
+        return {}
 
     def project(self, noise: Noise) -> None:
         """Puts the noise's parameters back into their domain after an optimiser step, in place."""

@@ -16,13 +16,15 @@ from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, Multiplica
 class BernoulliDropout(Method):
     """Bernoulli dropout: each input of a layer is dropped with a fixed probability and the rest is scaled up.
 
-    In recurrent layers the inputs and hidden units, in embeddings the words, are dropped once for all time steps of a
-    minibatch, by zeros in the weights (arXiv:1512.05287).
+    In recurrent layers the inputs and the hidden units that flow back, in embeddings the words, are dropped once for
+    all time steps of a minibatch, by zeros in the weights: binary variational dropout (arXiv:1512.05287). A rate of 0
+    with another `recurrent_rate` drops the hidden units alone.
 
     Args:
         rate: probability of dropping, in [0, 1).
+        recurrent_rate: that of the hidden units of recurrent layers; ``None`` for the same.
 
-    Source: arXiv:1207.0580.
+    Source: arXiv:1207.0580; arXiv:1512.05287 for recurrent layers.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.BernoulliDropout(rate=0.2))
     >>> vd.kl(net).item()
@@ -37,13 +39,28 @@ class BernoulliDropout(Method):
         2012,
         "1207.0580",
     )
+    paper_on_recurrence: ClassVar[Paper] = Paper(
+        "gal2016theoretically",
+        "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks",
+        "Gal, Yarin and Ghahramani, Zoubin",
+        2016,
+        "1512.05287",
+    )
     rate: float = 0.5
+    recurrent_rate: float | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, "rate", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+        for field in ("rate", "recurrent_rate"):
+            if getattr(self, field) is not None:
+                check_range(self, field, above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+
+    def papers(self, parameter: str) -> tuple[Paper, ...]:
+        recurrent = parameter.startswith(("weight_ih", "weight_hh"))
+        return (self.paper, self.paper_on_recurrence) if recurrent else (self.paper,)
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
-        return BernoulliNoise(self.rate, in_axis=layout.in_axis)
+        own = self.recurrent_rate if layout.recurrent else None
+        return BernoulliNoise(self.rate if own is None else own, in_axis=layout.in_axis)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from vardrop.noise.gates import BetaBernoulliGate as BetaBernoulliGate
 from vardrop.noise.gates import ConcreteGate as ConcreteGate
 from vardrop.noise.gates import MultiplicativeGate as MultiplicativeGate
 from vardrop.noise.gates import TruncatedLogNormalGate as TruncatedLogNormalGate
+from vardrop.noise.mixture import SharedWeights as SharedWeights
+from vardrop.noise.pruning import MaskedUnits as MaskedUnits
 from vardrop.noise.pruning import MaskedWeights as MaskedWeights
 from vardrop.noise.pruning import SplicedWeights as SplicedWeights
+from vardrop.noise.unit import AdversarialNoise as AdversarialNoise
 from vardrop.noise.unit import BernoulliNoise as BernoulliNoise
 from vardrop.noise.weight import AdditiveNoise as AdditiveNoise
 from vardrop.noise.weight import MultiplicativeNoise as MultiplicativeNoise

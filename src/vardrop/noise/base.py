@@ -12,11 +12,15 @@ from vardrop.lrt import Operation
 
 
 class Layout(NamedTuple):
-    """Which axis of a weight counts outputs and which inputs, and into how many groups the layer is split."""
+    """Which axis of a weight counts outputs and which inputs, and into how many groups the layer is split.
+
+    The inputs of a `recurrent` weight are the layer's own hidden units of the step before.
+    """
 
     out_axis: int = 0
     in_axis: int = 1
     groups: int = 1
+    recurrent: bool = False
 
 
 class Noise(nn.Module):

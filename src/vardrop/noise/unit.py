@@ -24,14 +24,68 @@ class BernoulliNoise(Noise):
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.active:
-            kept = torch.rand(x.shape, device=x.device, generator=self.generator) >= self.rate
-            x = x * kept / (1.0 - self.rate)
+            examples = x.shape[0] if x.dim() >= weight.dim() else 1
+            x = x * self.kept(x.shape, x, examples) / (1.0 - self.rate)
         return operation(x, self.masked(weight), bias)
 
     def sample_weight(self, weight: Tensor) -> Tensor:
         weight = self.masked(weight)
         if not self.active:
             return weight
-        shape = [size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape)]
-        kept = torch.rand(shape, device=weight.device, generator=self.generator) >= self.rate
-        return weight * kept / (1.0 - self.rate)
+        shape = torch.Size(size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape))
+        return weight * self.kept(shape, weight, 1) / (1.0 - self.rate)
+
+    def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
+        """Which inputs are kept, of this `shape`, where `like` lies; so many `examples` lie in it one after another."""
+        return torch.rand(shape, device=like.device, generator=self.generator) >= self.rate
+
+
+class AdversarialNoise(BernoulliNoise):
+    """Bernoulli noise that keeps what it drew in a first pass, and in a second one draws the worst near it.
+
+    Args:
+        budget: share of the inputs of an example that may differ between the passes, in [0, 1].
+        weight: factor on the loss of the second pass.
+    """
+
+    def __init__(self, rate: float, *, in_axis: int, budget: float, weight: float) -> None:
+        super().__init__(rate, in_axis=in_axis)
+        self.budget, self.weight = budget, weight
+        self.first: list[Tensor] | None = None
+        self.second: list[Tensor] = []
+        self._examples: list[int] = []
+
+    def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
+        if self.second:
+            return self.second.pop(0)
+        drawn = super().kept(shape, like, examples)
+        if self.first is None:
+            return drawn
+        self.first.append(drawn.to(like.dtype).requires_grad_())
+        self._examples.append(examples)
+        return self.first[-1]
+
+    def begin(self) -> None:
+        """From now on what is drawn is kept, in ``first``."""
+        self.first, self.second, self._examples = [], [], []
+
+    def turn(self, gradients: list[Tensor]) -> None:
+        """The next draws are those of the first pass but for the inputs whose change raises the loss the most.
+
+        `gradients` are those of the loss in ``first``, which is forgotten.
+        """
+        drawn, self.first = self.first or [], None
+        triples = zip(drawn, gradients, self._examples, strict=True)
+        self.second = [worst_near(mask.detach(), gradient, self.budget, rows) for mask, gradient, rows in triples]
+
+
+def worst_near(mask: Tensor, gradient: Tensor, budget: float, examples: int) -> Tensor:
+    """The `mask` of zeros and ones, changed where a loss with this `gradient` in it rises the most.
+
+    In each of the `examples` no more than the share `budget` of the entries changes, rounded down, and none that
+    would lower the loss to first order (arXiv:1707.03631, algorithm 1).
+    """
+    gain = (gradient * (1.0 - 2.0 * mask)).reshape(examples, -1)
+    best = gain.topk(int(budget * gain.shape[1]), dim=1)
+    change = torch.zeros_like(gain).scatter(1, best.indices, (best.values > 0).to(gain.dtype)).view_as(mask)
+    return mask + change * (1.0 - 2.0 * mask)

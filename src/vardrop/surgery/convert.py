@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
-from vardrop.layers import NOISY, UNSUPPORTED, noisy_class, noisy_parameters, plain_class, shows_units, takes_gates
+from vardrop.layers import (
+    NOISY,
+    UNSUPPORTED,
+    layout_of,
+    noisy_class,
+    noisy_parameters,
+    plain_class,
+    shows_units,
+    takes_gates,
+)
 from vardrop.methods.base import GateMethod, Method
-from vardrop.noise import DependentGate, Gate, Layout, Noise
+from vardrop.noise import DependentGate, Gate, Noise
 from vardrop.sites import SLOTS, folded, noises, sites, tensor_of
 
 Patterns = str | Sequence[str]
@@ -111,7 +120,7 @@ def _make_noisy(layer: nn.Module, methods: tuple[Method, ...], shared: dict[tupl
         for parameter in noisy_parameters(layer):
             weight = tensor_of(layer, parameter)
             if (slot, weight) not in shared:
-                noise = method.noise(weight, cast(Layout, layer.layout))
+                noise = method.noise(weight, layout_of(layer, parameter))
                 noise.method = method
                 shared[slot, weight] = noise.train(layer.training)
             made[parameter.removesuffix(".weight")] = shared[slot, weight]
@@ -207,7 +216,7 @@ def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None
         layer = model.get_submodule(name)
         first = cast(Gate, layer.gate)
         gate_method = replace(cast(GateMethod, method), place=first.place)
-        gate = gate_method.noise(cast(Tensor, layer.weight), cast(Layout, layer.layout))
+        gate = gate_method.noise(cast(Tensor, layer.weight), layout_of(layer, "weight"))
         gate_method.continues(gate, first)
         gate.method = gate_method
         layer.gate = gate.train(layer.training)

@@ -1,0 +1,62 @@
+"""Weights that gather around few values while they train, and are those values once pruned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vardrop.lrt import at_least_float32
+from vardrop.noise.pruning import MaskedWeights
+
+
+class SharedWeights(MaskedWeights):
+    """Weights under a mixture of Gaussians, whose component 0 has its mean and its share pinned.
+
+    Unpruned, and in noisy passes, a weight is what it is. In quiet passes of a pruned layer each living weight is the
+    mean of its likeliest component but the one at zero.
+
+    Args:
+        weight: the host's weight; the first means lie evenly over its range.
+        components: their number without the one at zero.
+        zero_share: the share of the component at zero, in (0, 1).
+        std: first standard deviation of every component.
+
+    Attributes:
+        means: those of the free components, ``(components,)``.
+        log_precisions: ``-2 log std`` of all components, the one at zero first, ``(1 + components,)``.
+        logits: of the shares of the free components among them, ``(components,)``.
+    """
+
+    def __init__(self, weight: Tensor, *, components: int, zero_share: float, std: float) -> None:
+        super().__init__()
+        self.zero_share = zero_share
+        start = at_least_float32(weight.detach())
+        steps = torch.linspace(0.0, 1.0, components, dtype=start.dtype, device=start.device)
+        self.means = nn.Parameter(torch.lerp(start.min(), start.max(), steps))
+        self.log_precisions = nn.Parameter(start.new_full((1 + components,), -2.0 * math.log(std)))
+        self.logits = nn.Parameter(start.new_zeros(components))
+
+    def log_joint(self, weight: Tensor) -> Tensor:
+        """``log(share of the component * its density at the weight)``, ``(1 + components, *weight.shape)``."""
+        shares = math.log1p(-self.zero_share) + torch.log_softmax(at_least_float32(self.logits), dim=0)
+        shares = nn.functional.pad(shares, (1, 0), value=math.log(self.zero_share))
+        means = nn.functional.pad(at_least_float32(self.means), (1, 0))
+        log_precisions = at_least_float32(self.log_precisions)
+        root = (0.5 * log_precisions).exp()
+        distance = torch.addr((-means * root)[:, None], root, at_least_float32(weight).flatten())
+        each = shares + 0.5 * (log_precisions - math.log(2.0 * math.pi))
+        return (each[:, None] - 0.5 * distance.square()).view(-1, *weight.shape)
+
+    def sample_weight(self, weight: Tensor) -> Tensor:
+        return self.masked(weight) if self.active else self.settled(weight)
+
+    def settled(self, weight: Tensor) -> Tensor:
+        """Every living weight at the mean of its likeliest free component, the dead ones at zero; all, once pruned."""
+        if self.mask is None:
+            return weight
+        return self.masked(self.means[self.log_joint(weight)[1:].argmax(dim=0)].to(weight.dtype))
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.settled(weight), bias
