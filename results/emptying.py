@@ -1,6 +1,6 @@
 """LeNet-5 as it empties: its filters and a piece of its dense layer, epoch by epoch, as an animation and a still.
 
-python experiments/emptying.py OUT [--data ylecun/mnist] [--data-root FOLDER] [--epochs 40]
+python results/emptying.py OUT [--data ylecun/mnist] [--data-root FOLDER] [--epochs 40]
 
 A run that was broken off goes on when the command is given again. Writes emptying.gif and emptying.png into OUT.
 """

@@ -1,6 +1,6 @@
 """What two units without a mean can say of four classes: samples of their activations, from several starts.
 
-python experiments/variance_toy.py OUT.svg
+python results/variance_toy.py OUT.svg
 
 Four clouds of points in the plane, told apart by a layer of two units whose weights have mean zero and a plain net on
 top of it. All that a unit can say is how far from zero it falls: two units may say the same, or different things

@@ -1,6 +1,6 @@
 """Which units an input-dependent net opens for which class, and how alike the classes are to its layers.
 
-python experiments/dependent_gates.py RUN OUT.svg [--data-root FOLDER]
+python results/dependent_gates.py RUN OUT.svg [--data-root FOLDER]
 
 RUN is the folder of a finished `vardrop compress --method dependent-beta-bernoulli`. Above: class averages of the
 openings of its gates, a row a class, a column a unit that is not dead. Below: correlations of these averages
