@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
 from vardrop.lrt import at_least_float32
+from vardrop.noise import Noise
 from vardrop.sites import Site, sites
 
 LARGEST_PASS = 2**22
@@ -141,14 +142,14 @@ def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
 
 
 def _first_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """The output, and the elements of the largest tensor that a draw has of its own, as far as modules tell."""
+    """The output, and the elements of the largest tensor that a draw has of its own, as far as layers tell."""
     sizes = [1, *(site.weight.numel() for site in sites(model) if _draws_whole_weight(site))]
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel())
+        sizes.extend(value.numel() for value in (*inputs, output) if isinstance(value, Tensor))
 
-    handles = [module.register_forward_hook(record) for module in model.modules()]
+    layers = (module for module in model.modules() if not isinstance(module, Noise))
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         return model(x), max(sizes)
     finally:

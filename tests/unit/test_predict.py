@@ -115,7 +115,7 @@ def test_a_pass_holds_as_many_draws_as_its_largest_tensor_allows(monkeypatch):
     net.register_forward_pre_hook(lambda *_: calls.append(1))
     vd.draws(net, x, samples=20)
     assert len(calls) == 2
-    monkeypatch.setattr(room, "LARGEST_PASS", 4 * 5 * 4)
+    monkeypatch.setattr(room, "LARGEST_PASS", 4 * 6 * 4)
     vd.draws(net, x, samples=20)
     assert len(calls) == 2 + 1 + 5
     net, x, _ = converted("recurrent")
@@ -131,7 +131,7 @@ def test_whole_weights_count_towards_the_size_of_a_pass(monkeypatch):
         calls = []
         net.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         monkeypatch.setattr(room, "LARGEST_PASS", 600)
-        vd.draws(net, torch.randn(2, 100), samples=7)
+        vd.draws(net, torch.randn(1, 100), samples=7)
         assert len(calls) == calls_expected
 
 
