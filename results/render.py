@@ -1,11 +1,15 @@
 """Prints the table of the stored runs beside the papers' figures: python results/render.py [--write]
 
-With --write it also puts the table into results/README.md and between the marks in README.md.
+With --write it also puts the table into results/README.md and between the marks in README.md, and all tables of the
+papers, with the runs stored here and in results/tables/, into docs/tables.md.
 """
 
 import json
 import sys
 from pathlib import Path
+
+from vardrop.tables import Found, find_run, load_tables, stored_in
+from vardrop.tables.page import LEGEND, markdown
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
@@ -47,6 +51,30 @@ def page() -> str:
     )
 
 
+def found() -> Found:
+    """The stored runs by the rows of the tables that they belong to."""
+    stored = stored_in(HERE, [run for table in load_tables().values() for run in table.runs()])
+    for row in json.loads((HERE / "rows.json").read_text()):
+        path = HERE / f"{row['run']}.json"
+        if path.exists():
+            run, place = json.loads(path.read_text()), row["table"]
+            stored.add(find_run(place["id"], place["row"]).place, place["budget"], run["seed"], run)
+    return stored
+
+
+def tables_page() -> str:
+    """The whole of docs/tables.md."""
+    stored = found()
+    tables = load_tables().values()
+    return (
+        "# The tables of the papers, made again\n\nEvery result table of the papers behind this library, with the "
+        "paper's figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
+        "`--budget full` follows the paper's schedule, `short` a fraction of it; another budget is named as it was. "
+        f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
+        + "\n".join(markdown(table, stored) for table in tables)
+    )
+
+
 def readme_with(table: str) -> str:
     """README.md with `table` between its marks."""
     text = (HERE.parent / "README.md").read_text()
@@ -60,3 +88,4 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         (HERE / "README.md").write_text(page())
         (HERE.parent / "README.md").write_text(readme_with(table()))
+        (HERE.parent / "docs" / "tables.md").write_text(tables_page())

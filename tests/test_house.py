@@ -19,12 +19,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the street to the cellar: a room may import from rooms further down, and from itself, never upwards.
 FLOORS = [
     {"cli"},
-    {"demo"},
+    {"screen", "demo", "tables"},
     {"evaluate", "sweep"},
     {"compress"},
     {"train", "zoo", "report"},
     {"fast", "compare"},
-    {"elbo", "predict", "measure", "io", "export", "cite"},
+    {"ablate", "elbo", "predict", "metrics", "measure", "io", "export", "cite"},
+    {"uncertainty"},
     {"surgery"},
     {"sites"},
     {"baselines"},
@@ -49,6 +50,7 @@ HEAVY = (
     "PIL",
     "tensorboard",
     "optuna",
+    "torchmetrics",
 )
 
 
@@ -159,6 +161,7 @@ def test_the_readme_shows_what_the_stored_runs_say():
 
     assert (ROOT / "results" / "README.md").read_text() == render.page()
     assert (ROOT / "README.md").read_text() == render.readme_with(render.table())
+    assert (ROOT / "docs" / "tables.md").read_text() == render.tables_page()
     for row in json.loads((ROOT / "results" / "rows.json").read_text()):
         path = ROOT / "results" / f"{row['run']}.json"
         if path.exists():
@@ -170,3 +173,13 @@ def test_the_readme_shows_what_the_stored_runs_say():
 def test_the_page_on_performance_shows_what_the_stored_benchmark_says():
     made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"], capture_output=True)
     assert made.returncode == 0, made.stderr
+
+
+def test_the_page_on_uncertainty_shows_what_the_stored_evaluations_say():
+    sys.path.insert(0, str(ROOT / "results"))
+    import ood
+
+    written = [path.exists() for path in (ood.STORED, ood.DOCS / ood.PAGE, ood.DOCS / ood.PICTURE)]
+    assert all(written) or not any(written)
+    if all(written):
+        assert (ood.DOCS / ood.PAGE).read_text() == ood.page(json.loads(ood.STORED.read_text()))

@@ -4,7 +4,10 @@ convert -> train with ELBO -> prune -> compact -> save, export, measure.
 """
 
 from vardrop import functional as functional
+from vardrop import metrics as metrics
+from vardrop import uncertainty as uncertainty
 from vardrop import warmup as warmup
+from vardrop.ablate import ablate as ablate
 from vardrop.baselines import AdversarialDropout as AdversarialDropout
 from vardrop.baselines import DynamicNetworkSurgery as DynamicNetworkSurgery
 from vardrop.baselines import MagnitudePruning as MagnitudePruning
@@ -36,6 +39,7 @@ from vardrop.methods import StudentT as StudentT
 from vardrop.methods import VarianceNetwork as VarianceNetwork
 from vardrop.methods import VariationalDropout as VariationalDropout
 from vardrop.methods import methods as methods
+from vardrop.predict import draws as draws
 from vardrop.predict import noise as noise
 from vardrop.predict import predict as predict
 from vardrop.sites import parameter_groups as parameter_groups
@@ -45,6 +49,7 @@ from vardrop.surgery.convert import convert as convert
 from vardrop.surgery.convert import strip as strip
 from vardrop.surgery.prune import prune as prune
 from vardrop.surgery.prune import unprune as unprune
+from vardrop.surgery.shrink import shrink as shrink
 from vardrop.surgery.vocabulary import shrink_vocabulary as shrink_vocabulary
 
 __version__ = "0.1.0"

@@ -16,14 +16,14 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vardrop.baselines import baselines
-from vardrop.compress import Job, Listeners
+from vardrop.compress import Job
 from vardrop.errors import InvalidValueError, VardropError, VardropWarning
 from vardrop.methods import Method, methods
-from vardrop.train import Epoch, Schedule
+from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
+from vardrop.train import Schedule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,6 +69,9 @@ def compress(
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty on the net's own parameters")] = 0.0,
     clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient")] = None,
+    shrink_every: Annotated[
+        int | None, typer.Option(help="Epochs after which dead units leave the net for good, again and again")
+    ] = None,
     decay_from: Annotated[
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
@@ -104,6 +107,7 @@ def compress(
         gate_lr=gate_lr,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
+        shrink_every=shrink_every,
         decay_from=epochs // 2 if decay_from is None else decay_from,
         warmup_start=epochs // 5 if warmup_start is None else warmup_start,
         warmup_epochs=4 * epochs // 5 if warmup_epochs is None else warmup_epochs,
@@ -124,8 +128,8 @@ def compress(
         on_empty=on_empty,
         fast=fast,
     )
-    with _progress() as progress:
-        result = run(job, out, listeners=_listeners(progress))
+    with progress_of(console) as progress:
+        result = run(job, out, listeners=listeners_of(progress))
     console.print(result_table(result))
     if result["pruned"]["units"]:
         console.print(f"units {result['pruned']['units']}")
@@ -183,7 +187,7 @@ def sweep(
         data_root=data_root,
     )
     table = Table("run", "validation error %", against, "values", title="The front")
-    with _progress() as progress:
+    with progress_of(console) as progress:
         front = run(
             job,
             parse_search(search or [], job),
@@ -191,13 +195,44 @@ def sweep(
             trials=trials,
             against=against,
             storage=storage,
-            listeners=_listeners(progress),
+            listeners=listeners_of(progress),
         )
     for point in front:
-        values = ", ".join(f"{name}={_short(value)}" for name, value in point.values.items())
+        values = ", ".join(f"{name}={short(value)}" for name, value in point.values.items())
         table.add_row(point.run, f"{100 * point.error:.2f}", f"{point.size:,.1f}", values)
     console.print(table)
     console.print(f"picture: {out / 'front.png'}")
+
+
+@app.command()
+def reproduce(
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables by id, or all; see --list")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each row, with seeds from 0; 0 only shows what is there")] = 5,
+    budget: Annotated[Literal["full", "short"], typer.Option(help="The paper's schedule, or a short one")] = "full",
+    jobs: Annotated[int, typer.Option(help="Runs side by side")] = 1,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train")] = "auto",
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished there is not run again")] = Path(
+        "tables"
+    ),
+    store: Annotated[Path | None, typer.Option(help="Folder that gets a small record of each finished run")] = None,
+    own: Annotated[Path | None, typer.Option("--recipes", help="Folder with tables of your own, as TOML files")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the tables, and how much of each is done")] = False,
+) -> None:
+    """Make the result tables of the papers again, ours beside theirs; started again, it goes on.
+
+    Example: vardrop reproduce svd-mnist-fc --budget short --seeds 1
+    """
+    from vardrop.tables import command, recipes, runner, show
+
+    folder = recipes.PAPERS if own is None else own
+    if list_ or not tables:
+        console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds))
+        return
+    options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder)
+    if command.reproduce(tables, options, console, budget=budget, seeds=seeds, rows=row or (), store=store):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -205,11 +240,20 @@ def evaluate(
     run: RunArgument,
     data_root: DataRoot = None,
     samples: Annotated[int, typer.Option(help="Draws of the noise in the ensemble")] = 20,
+    ood: Annotated[
+        str | None, typer.Option(help="Strange inputs: a data set as in --data, or a folder; its test split is used")
+    ] = None,
 ) -> None:
-    """Evaluate a run again on its test data: small net, pruned net, and ensemble over the noise."""
+    """Evaluate a run again on its test data: small net, pruned net, one draw, and ensemble over the noise.
+
+    Keeps the figures in RUN/evaluation.json and reliability diagrams in RUN/evaluation.png; with --ood also how well
+    uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood kmnist
+    """
+    from vardrop.evaluate import EVALUATION, PICTURE
     from vardrop.evaluate import evaluate as again
 
-    console.print(evaluation_table(again(run, data_root=data_root, samples=samples)))
+    console.print(evaluation_table(again(run, data_root=data_root, samples=samples, ood=ood)["rows"]))
+    console.print(f"figures: {run / EVALUATION}, picture: {run / PICTURE}", soft_wrap=True)
 
 
 @app.command()
@@ -261,7 +305,11 @@ def list_methods() -> None:
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
     console.print("[bold]Networks:[/bold] " + ", ".join(NETS) + ", or your own: file.py:function")
-    console.print("[bold]Data:[/bold] " + ", ".join(DATASETS) + ", another Hub id, or your own: file.py:function")
+    console.print(
+        "[bold]Data:[/bold] "
+        + ", ".join(DATASETS)
+        + ", another Hub id, or your own: file.py:function; NAME:random-labels"
+    )
 
 
 @app.command()
@@ -271,8 +319,8 @@ def demo(
     """The whole road in about a minute, on embedded data: train, convert, sparsify, compact, export, compare."""
     from vardrop.demo import demo as run
 
-    with _progress() as progress:
-        shown = run(out, listeners=_listeners(progress))
+    with progress_of(console) as progress:
+        shown = run(out, listeners=listeners_of(progress))
     console.print(demo_table(shown.rows))
     console.print(
         f"The small net gives the outputs of the pruned one (largest difference {shown.largest_difference:.1e}).\n"
@@ -324,75 +372,6 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     return text
 
 
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _listeners(progress: Progress) -> Listeners:
-    """Shows stages and epochs: error, NLL, KL and compression."""
-    tasks: list[TaskID] = []
-
-    def on_stage(name: str, epochs: int) -> None:
-        tasks.append(progress.add_task(name, total=epochs, figures=""))
-
-    def on_epoch(epoch: Epoch) -> None:
-        error, kind = (epoch.train_error, "train") if epoch.valid_error is None else (epoch.valid_error, "valid")
-        figures = (
-            f"{kind} error {100 * error:.2f} %, NLL {epoch.train_nll:.4f}, KL {epoch.kl:,.0f} nats, "
-            f"{epoch.compression:.1f}x" + (f", units {epoch.units}" if epoch.units else "")
-        )
-        progress.update(tasks[-1], completed=epoch.epoch + 1, figures=figures)
-
-    return Listeners(on_epoch=on_epoch, on_stage=on_stage)
-
-
-def result_table(result: dict[str, Any]) -> Table:
-    """The figures of a run, stage by stage."""
-    table = Table("net", "test error %", "NLL", "non-zero weights", "parameters", "bytes on disk", "compression")
-    for name in ("original", "trained", "pruned", "compacted"):
-        row = result[name]
-        if row is None:
-            continue
-        cells = (_count(row.get(key)) for key in ("nonzero", "parameters", "bytes"))
-        compression = f"{row['compression']:.1f}x" if "compression" in row else ""
-        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}", *cells, compression)
-    return table
-
-
-def evaluation_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Error and negative log-likelihood of each way to predict."""
-    table = Table("prediction", "test error %", "NLL, nats")
-    for name, row in rows.items():
-        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}")
-    return table
-
-
-def demo_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """The original beside the small net."""
-    table = Table("", *rows, "ratio")
-    table.add_row("test error %", *(f"{100 * row['error']:.2f}" for row in rows.values()), "")
-    kinds = {
-        "nonzero": "non-zero parameters",
-        "parameters": "parameters",
-        "bytes": "bytes on disk",
-        "onnx_bytes": "bytes as ONNX",
-        "seconds": "latency in torch, microseconds",
-        "onnx_seconds": "latency in onnxruntime, microseconds",
-    }
-    for key, label in kinds.items():
-        values = [row[key] * (1e6 if "seconds" in key else 1) for row in rows.values()]
-        table.add_row(label, *(f"{value:,.0f}" for value in values), f"{values[0] / values[-1]:.1f}x")
-    return table
-
-
 def _show_warnings_as_lines() -> None:
     """The library's own warnings become one line on stderr, without the place in the code that raised them."""
     usual = warnings.showwarning
@@ -412,14 +391,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
 
 
 def main() -> None:

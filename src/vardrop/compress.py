@@ -20,12 +20,13 @@ from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
 from vardrop.io import load_weights, save, size_on_disk
-from vardrop.measure import count_nonzero, count_parameters, flops
+from vardrop.measure import count_nonzero, count_parameters, flops, living_units
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
-from vardrop.surgery.prune import Pruned, prune
+from vardrop.surgery.prune import Pruned, count_alive, prune
+from vardrop.surgery.shrink import why_whole
 from vardrop.train import Epoch, Schedule, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
@@ -56,6 +57,7 @@ class Job:
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
         include: name patterns of the layers to convert; empty for all that can be.
         exclude: name patterns of the layers to leave plain.
+        parts: methods of layers that differ from `method`, by name pattern; the first match wins.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
         fast: train on the fast path, compiled where the run has steps enough to pay for it.
     """
@@ -70,12 +72,16 @@ class Job:
     data_root: Path | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    parts: tuple[tuple[str, Method], ...] = ()
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
     fast: bool = True
 
     def __post_init__(self) -> None:
         if self.on_empty not in ("keep-best", "refuse"):
             raise InvalidValueError(f"on_empty={self.on_empty!r}: must be 'keep-best' or 'refuse'")
+        obstacle = why_whole(self.method)
+        if self.schedule.shrink_every is not None and obstacle is not None:
+            raise InvalidValueError(f"shrink_every={self.schedule.shrink_every}: {obstacle}; leave it out")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,7 +89,7 @@ class Job:
         return {
             "net": self.net,
             "data": self.data,
-            "method": {"name": self.method.command_name(), **asdict(self.method)},
+            "method": _named(self.method),
             "schedule": asdict(self.schedule),
             "validation": self.validation,
             "pretrain": self.pretrain,
@@ -91,7 +97,12 @@ class Job:
             "pretrained": None if self.pretrained is None else str(self.pretrained),
             "include": self.include,
             "exclude": self.exclude,
+            **({"parts": {pattern: _named(method) for pattern, method in self.parts}} if self.parts else {}),
         }
+
+
+def _named(method: Method) -> dict[str, Any]:
+    return {"name": method.command_name(), **asdict(method)}
 
 
 @dataclass(frozen=True)
@@ -130,16 +141,18 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
     if job.pretrain:
         listeners.on_stage("plain", job.pretrain)
-        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2)
+        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2, shrink_every=None)
         _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
+        net.cpu()
     plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
     original = _describe(net, data, folder / ORIGINAL) if plain_start else None
-    convert(net, job.method, include=job.include or None, exclude=job.exclude or None)
+    convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
+    whole = count_alive(net)
     compiling = _speed_up(net, job, fit)
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
     facts = {"commit": code, "original": original, "compile_seconds": compiling}
-    return _finish(job, folder, net, data, valid, history, facts)
+    return _finish(job, folder, net, whole, data, fit, valid, history, facts)
 
 
 def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
@@ -155,21 +168,30 @@ def _finish(
     job: Job,
     folder: Path,
     net: nn.Module,
+    whole: Pruned,
     data: Data,
+    fit: Split,
     valid: Split | None,
     history: list[Epoch],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     net.eval()
     trained = _figures(net, data.test)
-    counted = prune(net, on_empty=job.on_empty)
+    net.cpu()
+    counted = prune(net, on_empty=job.on_empty).against(whole)
     valid_error = None if valid is None else error_and_nll(net, valid)[0]
-    pruned = {**_figures(net, data.test), "valid_error": valid_error, **_counts(counted)}
+    pruned = {
+        **_figures(net, data.test),
+        "train_error": error_and_nll(net, fit)[0],
+        "valid_error": valid_error,
+        **_counts(counted),
+    }
     small = compact(net, data.test.x[:2])
     save(net, folder / NOISY, overwrite=True)
     compacted = {
         **_describe(small, data, folder / SMALL, sparse=True),
         "flops": flops(small, data.test.x[:1]),
+        "units": living_units(small),
         "largest_difference": _largest_difference(net, small, data.test.x),
         "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
     }
@@ -179,6 +201,7 @@ def _finish(
         "seed": job.schedule.seed,
         "versions": _versions(),
         "machine": _machine(),
+        "num_data": fit.y.numel(),
         "layers": {name: count.total for name, count in counted.layers.items()},
         **facts,
         "trained": trained,

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from vardrop import metrics, uncertainty
 from vardrop.compare import Measured, measure
-from vardrop.compress import NOISY, ORIGINAL, RUN, SMALL, error_and_nll
-from vardrop.errors import StorageError
+from vardrop.compress import NOISY, ORIGINAL, RUN, SMALL
+from vardrop.errors import InvalidValueError, StorageError
 from vardrop.export import export_onnx
 from vardrop.files import replace_file
 from vardrop.io import load
-from vardrop.predict import predict
-from vardrop.zoo import Data, Split, build_net, load_data
+from vardrop.metrics import Judged
+from vardrop.predict import draws
+from vardrop.report import figures
+from vardrop.zoo import Data, Split, build_net, load_data, load_inputs
 
-BATCH = 1000
+BATCH = 200
 MEASURED = "measure.json"
+EVALUATION = "evaluation.json"
+PICTURE = "evaluation.png"
+MEASURES = {"entropy": "predictive_entropy", "mutual_information": "mutual_information"}
+HISTOGRAM_BINS = 40
+
+Predictions = Callable[[Tensor], dict[str, Tensor]]
+"""Gives the log probabilities ``(draws, N, classes, *)`` of a batch by each way to predict."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -44,22 +54,75 @@ def load_small(folder: Path, data: Data) -> nn.Module:
     return _load(folder, SMALL, data)
 
 
-def evaluate(folder: Path, *, data_root: Path | None, samples: int = 20) -> dict[str, dict[str, float]]:
-    """Error and negative log-likelihood on the test data: small net, pruned net, and ensemble of `samples` draws."""
+def load_noisy(folder: Path, data: Data) -> nn.Module:
+    """The pruned net of the run in `folder` with its noise, in eval mode."""
+    return _load(folder, NOISY, data)
+
+
+def evaluate(
+    folder: Path, *, data_root: Path | None = None, samples: int = 20, ood: str | None = None
+) -> dict[str, Any]:
+    """How well the run in `folder` predicts its test data, and how well it knows when it does not know.
+
+    The ways to predict are the small net, the pruned net, one draw of the noise, and the ensemble of `samples` draws.
+    Draws come from the run's own seed. What is returned is also written to ``evaluation.json`` in `folder` and drawn in
+    ``evaluation.png`` there.
+
+    Args:
+        folder: written by ``vardrop compress``.
+        data_root: folder with data sets in their Hub layout; ``None`` for the Hub.
+        samples: draws in the ensemble, above 0.
+        ood: data unlike that of the run, see :func:`vardrop.zoo.load_inputs`; its inputs should look uncertain.
+
+    Returns:
+        Under ``rows``, for each way: ``error`` (a fraction), ``nll`` (nats), ``brier``, ``ece`` (a fraction), and with
+        `ood` ``auroc_entropy`` and ``auroc_mutual_information``, ``None`` where a single pass has no such measure.
+        Beside them the reliability diagrams, and histograms of both measures on known and strange inputs.
+
+    Raises:
+        StorageError: there is no finished run in `folder`.
+        InvalidValueError: `samples` is below 1.
+        DataError: the data of the run, or `ood`, cannot be had or does not fit.
+        MissingExtraError: an extra is not installed.
+    """
+    if samples < 1:
+        raise InvalidValueError(f"samples={samples}: must be at least 1")
+    metrics.need()
+    figures.need()
     data = _data(folder, data_root)
-    noisy = _load(folder, NOISY, data)
-    found = {"small net": load_small(folder, data), "pruned net": noisy}
-    rows = {}
-    for name, model in found.items():
-        error, nll = error_and_nll(model, data.test)
-        rows[name] = {"error": error, "nll": nll}
-    rows[f"ensemble of {samples} draws"] = _ensemble(noisy, data.test, samples)
-    return rows
+    strange = None if ood is None else load_inputs(ood, input_shape=data.input_shape, data_root=data_root)
+    generator = torch.Generator().manual_seed(read_run(folder)["seed"])
+    small, noisy = load_small(folder, data), load_noisy(folder, data)
+
+    def predictions(x: Tensor) -> dict[str, Tensor]:
+        drawn = draws(noisy, x, samples=samples, generator=generator)
+        with torch.no_grad():
+            ways = {"small net": small(x)[None], "pruned net": noisy(x)[None], "one draw": drawn[:1]}
+        ways[f"ensemble of {samples} draws"] = drawn
+        return {way: logits.double().log_softmax(dim=2) for way, logits in ways.items()}
+
+    known = _judged(predictions, data.test)
+    unknown = None if strange is None else _measured(predictions, strange)
+    record = {"samples": samples, "ood": ood, **_figures(known, unknown)}
+    text = json.dumps(record, indent=1, allow_nan=False)
+    replace_file(folder / EVALUATION, lambda path: path.write_text(text))
+    picture = figures.uncertainty(record)
+    replace_file(folder / PICTURE, lambda path: picture.savefig(path, format="png", dpi=140))
+    return record
 
 
-def measure_run(folder: Path, *, data_root: Path | None = None, repeats: int = 200, onnx: bool = True) -> Measured:
+def measure_run(
+    folder: Path,
+    *,
+    data_root: Path | None = None,
+    repeats: int = 200,
+    onnx: bool = True,
+    batch_sizes: Sequence[int] = (1, 128),
+    threads: Sequence[int] = (1, 2),
+) -> Measured:
     """Weighs and times the small net of the run in `folder` beside the original; written to ``measure.json`` there.
 
+    Without any batch size the nets are weighed alone.
     A run that keeps no plain original is measured against the net built anew: sizes and times depend on shapes alone.
     """
     data = _data(folder, data_root)
@@ -69,6 +132,8 @@ def measure_run(folder: Path, *, data_root: Path | None = None, repeats: int = 2
         original,
         load_small(folder, data),
         example_inputs=data.test.x[:128],
+        batch_sizes=batch_sizes,
+        threads=threads,
         repeats=repeats,
         engines=("torch", "onnxruntime") if onnx else ("torch",),
     )
@@ -83,13 +148,57 @@ def export(folder: Path, path: Path, *, data_root: Path | None = None) -> None:
     export_onnx(load_small(folder, data), path, example_inputs=data.test.x[:2])
 
 
-def _ensemble(model: nn.Module, split: Split, samples: int) -> dict[str, float]:
-    wrong, nll = 0.0, 0.0
+def _judged(predictions: Predictions, split: Split) -> dict[str, Judged]:
+    parts: dict[str, list[Judged]] = {}
     for x, y in zip(split.x.split(BATCH), split.y.split(BATCH), strict=True):
-        probabilities = predict(model, x, samples=samples)
-        wrong += float((probabilities.argmax(dim=1) != y).sum())
-        nll += float(F.nll_loss(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), y, reduction="sum"))
-    return {"error": wrong / split.y.numel(), "nll": nll / split.y.numel()}
+        for way, log_probabilities in predictions(x).items():
+            parts.setdefault(way, []).append(metrics.judge(log_probabilities, y))
+    return {way: Judged(*map(torch.cat, zip(*found, strict=True))) for way, found in parts.items()}
+
+
+def _measured(predictions: Predictions, inputs: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Each measure of uncertainty on unlabelled `inputs`, by way of predicting."""
+    parts: dict[str, dict[str, list[Tensor]]] = {}
+    for x in inputs.split(BATCH):
+        for way, log_probabilities in predictions(x).items():
+            for name in MEASURES:
+                measured = getattr(uncertainty, MEASURES[name])(log_probabilities).flatten()
+                parts.setdefault(way, {}).setdefault(name, []).append(measured)
+    return {way: {name: torch.cat(found) for name, found in measures.items()} for way, measures in parts.items()}
+
+
+def _figures(known: dict[str, Judged], unknown: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Any]]:
+    """Rows, reliability diagrams, and histograms of uncertainty."""
+    rows: dict[str, dict[str, float | None]] = {}
+    diagrams: dict[str, dict[str, list[float]]] = {}
+    histograms: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for way, judged in known.items():
+        right = judged.correct.double().mean()
+        means = {name: float(getattr(judged, name).double().mean()) for name in ("nll", "brier")}
+        ece = metrics.calibration_error(judged.confidence, judged.correct)
+        rows[way] = {"error": float(1.0 - right), **means, "ece": ece}
+        diagram = metrics.reliability(judged.confidence, judged.correct)
+        diagrams[way] = {name: values.tolist() for name, values in diagram._asdict().items()}
+        if unknown is None:
+            continue
+        histograms[way] = {}
+        for name, outside in unknown[way].items():
+            inside = getattr(judged, name)
+            told = way.startswith("ensemble") or name == "entropy"
+            rows[way][f"auroc_{name}"] = metrics.ood_auroc(inside, outside) if told else None
+            if told:
+                histograms[way][name] = _histogram(inside, outside)
+    return {"rows": rows, "reliability": diagrams, "histograms": histograms}
+
+
+def _histogram(inside: Tensor, outside: Tensor) -> dict[str, list[float]]:
+    largest = max(float(inside.max()), float(outside.max()), torch.finfo(torch.float32).tiny)
+    edges = torch.linspace(0.0, largest, HISTOGRAM_BINS + 1, dtype=torch.float64)
+    counts = {
+        name: torch.histogram(values.double().cpu().clamp(0.0, largest), edges).hist.tolist()
+        for name, values in (("inside", inside), ("outside", outside))
+    }
+    return {"edges": edges.tolist(), **counts}
 
 
 def _data(folder: Path, data_root: Path | None) -> Data:

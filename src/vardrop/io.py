@@ -25,22 +25,17 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.baselines import baselines
 from vardrop.errors import InvalidValueError, StorageError
-from vardrop.layers import is_conv1d
 from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
 from vardrop.sites import SLOTS, noises
 from vardrop.surgery.convert import attach
-from vardrop.surgery.reading import LAYERS, NORMS, RECURRENT
+from vardrop.surgery.reading import LAYERS
+from vardrop.surgery.sizes import kind_of, make_room, resizable, resize, sizes
 
 FORMAT = 1
 TENSORS = "model.safetensors"
 RECORD = "vardrop.json"
 CSR = "::csr."
-DIMENSIONS = """
-    in_features out_features in_channels out_channels groups num_features num_parameters input_size hidden_size
-    num_embeddings embedding_dim padding_idx nx nf
-"""
-RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU)
 HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 LISTED = 8
 
@@ -78,7 +73,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
         "vardrop": _version(),
         "torch": torch.__version__,
         "aliases": aliases,
-        "layers": {name: _dimensions(layer) for name, layer in model.named_modules() if _resizable(layer)},
+        "layers": sizes(model),
         "dense_shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "methods": {name: _entry(used) for name, used in noisy.items()},
         "gates": {
@@ -119,10 +114,10 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
     _hang_gates(folder, model, record.get("gates", {}))
     _check_fits(folder, model, record, _without_noise(state, noisy))
-    _resize(model, record["layers"], state)
+    resize(model, record["layers"], state)
     attach(model, noisy)
     _check_same(folder, model, state)
-    _fit(model, state)
+    make_room(model, state)
     model.load_state_dict(state)
     return model
 
@@ -216,23 +211,6 @@ def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
     """From the second and further names of each tensor to its first."""
     first: dict[int, str] = {}
     return {name: first[id(tensor)] for name, tensor in state.items() if first.setdefault(id(tensor), name) != name}
-
-
-def _dimensions(layer: nn.Module) -> dict[str, Any]:
-    return {
-        "type": _kind(layer),
-        **{name: getattr(layer, name) for name in DIMENSIONS.split() if hasattr(layer, name)},
-        "bias": getattr(layer, "bias", None) is not None,
-    }
-
-
-def _kind(layer: nn.Module) -> str:
-    """The resizable class that `layer` is, or descends from."""
-    return (_resizable(layer) or type(layer)).__name__
-
-
-def _resizable(layer: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in type(layer).__mro__ if kind in RESIZABLE or is_conv1d(kind)), None)
 
 
 def _version() -> str | None:
@@ -386,7 +364,7 @@ def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: 
     for name, layer in record["layers"].items():
         if name not in modules:
             raise StorageError(f"{folder} holds a layer {name!r}, which the built {type(model).__name__} lacks")
-        kind = _kind(modules[name])
+        kind = kind_of(modules[name])
         if layer.get("type", kind) != kind:
             faults.append(f"{name or '(model)'}: stored a {layer['type']}, built a {kind}")
     for name in sorted(built.keys() | stored.keys()):
@@ -431,39 +409,9 @@ def _is_cut(stored: tuple[int, ...], built: tuple[int, ...], owner: nn.Module) -
         return True
     if len(stored) != len(built) or any(small > large for small, large in zip(stored, built, strict=True)):
         return False
-    if _resizable(owner):
+    if resizable(owner):
         return stored[2:] == built[2:]
     return {base for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.modules.")} <= HOLDERS
-
-
-def _resize(model: nn.Module, layers: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Gives the layers of `model` the stored dimensions, with still empty parameters where they differ."""
-    modules = dict(model.named_modules())
-    for name, layer in layers.items():
-        module = modules[name]
-        for key in DIMENSIONS.split():
-            if key in layer and getattr(module, key) != layer[key]:
-                setattr(module, key, layer[key])
-        bias = state.get(f"{name}.bias" if name else "bias")
-        if bias is not None and module._parameters.get("bias", bias) is None:
-            like = module.get_parameter("weight")
-            module.bias = nn.Parameter(torch.empty_like(bias, device=like.device), requires_grad=like.requires_grad)
-    _fit(model, state)
-
-
-def _fit(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Makes room in `model` for tensors of other shapes and types; a parameter stays the one it is, and tied."""
-    owners = dict(model.named_modules(remove_duplicate=False))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        stored = state.get(name)
-        if stored is None or (stored.shape == tensor.shape and stored.dtype == tensor.dtype):
-            continue
-        room = torch.empty_like(stored, device=tensor.device)
-        if isinstance(tensor, nn.Parameter):
-            tensor.data = room
-        else:
-            parent, _, attribute = name.rpartition(".")
-            setattr(owners[parent], attribute, room)
 
 
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -52,6 +52,26 @@ def count_nonzero(model: nn.Module) -> int:
         return sum(int(tensor.count_nonzero()) for tensor in plain.values())
 
 
+def living_units(model: nn.Module) -> list[int]:
+    """Units in use, layer by layer: inputs of linear layers that a weight reads, channels of convolutions with one.
+
+    This is how the papers count: ``[784, 500, 300]`` for 784-500-300-10, ``[20, 50, 800, 500]`` for LeNet-5-Caffe.
+
+    Source: arXiv:1705.07283, section 5.
+
+    >>> from vardrop.measure import living_units
+    >>> living_units(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
+    [4, 3]
+    """
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, COUNTED):
+            axis = 0 if layer.weight.dim() > 2 else 1
+            weight = folded(layer).get("weight", layer.weight).detach()
+            found.append(int(weight.movedim(axis, 0).flatten(1).count_nonzero(dim=1).count_nonzero()))
+    return found
+
+
 def flops(model: nn.Module, example_inputs: Inputs) -> int:
     """Floating-point operations of one pass in eval mode: matrix products and convolutions, multiply and add apart.
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
-from vardrop.sites import sites
+from vardrop.lrt import at_least_float32
+from vardrop.sites import Site, sites
+
+LARGEST_PASS = 2**22
+"""Elements of the largest tensor up to which drawing several samples in one pass is worth its memory."""
+LOCAL_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers that sample their outputs; all others draw their weights."""
 
 
 class noise:
@@ -57,22 +68,112 @@ def predict(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.
         generator: source of the draws.
 
     Returns:
-        Probabilities of the shape of the logits; they sum to one over dimension 1.
+        Probabilities of the shape of the logits, in float32 or better; they sum to one over dimension 1.
+
+    Raises:
+        InvalidValueError: `samples` is below 1.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.predict(net, torch.randn(2, 8), samples=3).sum(dim=1)
     tensor([1., 1.])
     """
-    if samples < 1:
-        raise InvalidValueError(f"samples={samples}: must be at least 1")
+    with _noisy_eval(model, generator):
+        parts = (torch.softmax(at_least_float32(part), dim=2).sum(dim=0) for part in _passes(model, x, samples))
+        return reduce(torch.add, parts) / samples
+
+
+def draws(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None) -> Tensor:
+    """What `model` returns for `samples` independent draws of its noise: ``(samples, N, *)``, without gradients.
+
+    As in :func:`predict`, all but the noise is in eval mode. The measures of :mod:`vardrop.uncertainty` take the log
+    probabilities ``draws(model, x).log_softmax(dim=2)`` of a classifier, or the draws of a regression as they are.
+
+    Args:
+        model: returns a tensor ``(N, *)``.
+        x: one batch of inputs.
+        samples: number of draws, above 0.
+        generator: source of the draws.
+
+    Raises:
+        InvalidValueError: `samples` is below 1.
+
+    >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
+    >>> vd.draws(net, torch.randn(2, 8), samples=3).shape
+    torch.Size([3, 2, 4])
+    """
+    with _noisy_eval(model, generator):
+        return torch.cat(list(_passes(model, x, samples)))
+
+
+@contextmanager
+def _noisy_eval(model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
+    """All of `model` in eval mode but its noise, and no gradients; modes and noise switches come back at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), noise(model, on=True, generator=generator):
-            total = torch.softmax(model(x).float(), dim=1)
-            for _ in range(samples - 1):
-                total += torch.softmax(model(x).float(), dim=1)
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return total / samples
+
+
+def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
+    """Independent draws of the output, ``(some, N, *)`` at a time, `samples` in all.
+
+    The first is a plain call, which also tells how many fit into one pass. The others run under ``vmap``, in which
+    every random number is drawn anew for each sample, be it one for each example or one for the whole minibatch.
+    What ``vmap`` cannot follow, such as recurrent layers, is called once for each sample.
+    """
+    if samples < 1:
+        raise InvalidValueError(f"samples={samples}: must be at least 1")
+    first, size = _first_pass(model, x)
+    yield first[None]
+    left = samples - 1
+    some = min(left, LARGEST_PASS // size)
+    while left > 0:
+        together = _together(model, x, min(some, left)) if some > 1 else None
+        if together is None:
+            some = 1
+            together = model(x)[None]
+        yield together
+        left -= len(together)
+
+
+def _first_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """The output, and the elements of the largest tensor that a draw has of its own, as far as modules tell."""
+    sizes = [1, *(site.weight.numel() for site in sites(model) if _draws_whole_weight(site))]
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel())
+
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        return model(x), max(sizes)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _draws_whole_weight(site: Site) -> bool:
+    local = getattr(site.noise, "sampling", "local") == "local"
+    return site.counts == "weights" and not (local and isinstance(site.layer, LOCAL_LAYERS))
+
+
+def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
+    """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model."""
+    paths = [(site.noise, site.noise.fast) for site in sites(model)]
+    for module, _ in paths:
+        module.fast = None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            each = torch.func.vmap(lambda _: model(x), randomness="different")
+            found: Tensor = each(torch.empty(samples))
+            return found
+    except RuntimeError:
+        return None
+    finally:
+        for module, path in paths:
+            module.fast = path

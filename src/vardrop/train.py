@@ -21,7 +21,9 @@ from vardrop.elbo import ELBO
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.files import replace_file
 from vardrop.sites import parameter_groups, sites
-from vardrop.surgery.prune import would_live
+from vardrop.surgery.prune import count_alive, would_live
+from vardrop.surgery.shrink import shrink
+from vardrop.surgery.sizes import resize, sizes
 
 CHECKPOINT = "checkpoint.pt"
 HISTORY = "history.jsonl"
@@ -44,6 +46,7 @@ class Schedule:
         seed: of initialisation, order and noise.
         weight_decay: factor of ``|w|^2 / 2`` on the loss, over the net's own parameters; noise is left out.
         clip_norm: greatest norm of the gradient of a step; ``None`` for no bound.
+        shrink_every: epochs after which dead units leave the net for good, again and again; ``None`` for never.
     """
 
     epochs: int = 200
@@ -57,11 +60,14 @@ class Schedule:
     gate_lr: float | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    shrink_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.shrink_every is not None and self.shrink_every < 1:
+            raise InvalidValueError(f"shrink_every={self.shrink_every}: must be at least 1")
         if not 0.0 <= self.weight_decay < math.inf:
             raise InvalidValueError(f"weight_decay={self.weight_decay}: must be a finite number, at least 0")
         for name in ("lr", "gate_lr", "clip_norm"):
@@ -95,12 +101,14 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
+    def to(self, device: torch.device) -> None: ...
 
 
 @dataclass
 class Epoch:
     """One line of the history. Errors are fractions, `nll` is nats per label, `kl` nats in all.
 
+    Of a net that shrinks, the counts are against the net as it was, the KL is that of what is left.
     `alive` counts weights, or units of a gate, by site; `units` are those of all gates, such as ``"294-110-71"``.
     """
 
@@ -156,10 +164,14 @@ def train(
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
     """
     accelerator = _accelerator(folder)
+    batches.to(accelerator.device)
+    if schedule.shrink_every is not None and accelerator.num_processes > 1:
+        raise InvalidValueError(f"shrink_every={schedule.shrink_every}: a net can shrink in a single process only")
+    whole = count_alive(net)
     optimizer = schedule.optimizer(net)
     shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
     elbo = schedule.elbo(num_data)
-    history = _resume(folder, identity, net, optimizer, elbo)
+    history = _resume(folder, identity, net, optimizer, elbo, shrinks=schedule.shrink_every is not None)
     if history:
         on_epoch(history[-1])
     model, optimizer = accelerator.prepare(net, optimizer)
@@ -170,11 +182,14 @@ def train(
         batches.set_epoch(epoch)
         if accelerator.process_index:  # the first process draws on from its stored state, the others draw apart from it
             torch.manual_seed(schedule.seed + 1_000_003 * epoch + accelerator.process_index)
+        if schedule.shrink_every and epoch and epoch % schedule.shrink_every == 0:
+            example = next(iter(batches))[0][:2].to(accelerator.device)
+            shrink(net, optimizer, example)
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] = share * schedule.lr_at(epoch)
         error, nll = _one_epoch(model, batches, optimizer, elbo, schedule.clip_norm, accelerator, on_step)
         valid_error, test_error = evaluate(net)
-        counted = would_live(net)
+        counted = would_live(net).against(whole)
         history.append(
             Epoch(
                 epoch=epoch,
@@ -312,6 +327,7 @@ def _store(
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "identity": identity,
+        "sizes": sizes(net),
         "model": net.state_dict(),
         "optimizer": optimizer.state_dict(),
         "elbo": elbo.state_dict(),
@@ -323,7 +339,9 @@ def _store(
     replace_file(folder / CHECKPOINT, lambda path: torch.save(checkpoint, path))
 
 
-def _resume(folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO) -> list[Epoch]:
+def _resume(
+    folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO, *, shrinks: bool
+) -> list[Epoch]:
     path = folder / CHECKPOINT
     if not path.exists():
         return []
@@ -337,6 +355,8 @@ def _resume(folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.
         ) from error
     if kind != CHECKPOINT_FORMAT or stored["identity"] != identity:
         raise StorageError(f"{path} belongs to another run; choose another folder, or the options of that run")
+    if shrinks:
+        resize(net, stored["sizes"], stored["model"])
     net.load_state_dict(stored["model"])
     optimizer.load_state_dict(stored["optimizer"])
     elbo.load_state_dict(stored["elbo"])

@@ -78,7 +78,7 @@ def test_evaluate_export_and_report_work_on_the_finished_run(finished, tmp_path)
     done = vardrop("report", folder, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/") == 4
+    assert page.count("data:image/") == 5
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "not recorded" not in page
 
@@ -114,7 +114,7 @@ def test_a_report_says_what_is_missing_and_escapes_names(finished, tmp_path):
     run["config"]["net"] = "<script>alert(1)</script>"
     (tmp_path / "run.json").write_text(json.dumps(run))
     page = report(tmp_path).read_text()
-    assert page.count("not recorded") == 2
+    assert page.count("not recorded") == 3
     assert "<script>" not in page and "&lt;script&gt;" in page
     with pytest.raises(StorageError, match=r"run.json does not exist"):
         report(tmp_path / "nowhere")
@@ -143,6 +143,8 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
         (["lenet-300-100", "--set", "size=3"], "must be field=value with a field of sparse-vd"),
         (["lenet-300-100", "--method", "gamma-ard", "--set", "a=0.5"], "GammaARD(a=0.5): must satisfy 0.5 < a"),
         (["lenet-300-100", "--epochs", "0"], "epochs=0: must be at least 1"),
+        (["lenet-300-100", "--shrink-every", "0"], "shrink_every=0: must be at least 1"),
+        (["lenet-300-100", "--shrink-every", "1", "--method", "dynamic-network-surgery"], "no unit is dead for good"),
         (["lenet-5"], "at least 16 pixels, not 8"),
         (["lenet-300-100", "--data", "ylecun/mnist", "--data-root", "/nowhere"], "there is no folder"),
         (["lenet-300-100", "--validation", "5000"], "validation=5000: must lie in 1 to 1436"),
@@ -259,6 +261,25 @@ def test_gates_by_name_with_their_own_learning_rate_from_a_stored_net_and_on_to_
     assert vardrop("evaluate", tmp_path / "b", "--samples", 2).returncode == 0
     assert vardrop("export", tmp_path / "b", "--out", tmp_path / "b.onnx").returncode == 0
     assert vardrop("report", tmp_path / "b").returncode == 0
+
+
+def test_a_run_that_shrinks_counts_against_the_original_and_ends_like_any_other(tmp_path):
+    options = ["--epochs", "6", "--warmup-start", "0", "--warmup-epochs", "2", "--pretrain", "4"]
+    options += ["--set", "train_clip=true", "--lr", "5e-3"]
+    done = vardrop("compress", "lenet-300-100", "--out", tmp_path / "a", "--shrink-every", 2, *options)
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "a")
+    totals = {"1": 64 * 300, "3": 300 * 100, "5": 100 * 10}
+    assert run["layers"] == totals and run["pruned"]["total"] == sum(totals.values())
+    assert run["pruned"]["compression"] == sum(totals.values()) / run["pruned"]["nonzero"]
+    assert run["pruned"]["error"] == run["compacted"]["error"] and run["compacted"]["largest_difference"] < 1e-4
+    noisy = json.loads((tmp_path / "a" / "noisy" / "vardrop.json").read_text())
+    assert noisy["layers"]["3"]["in_features"] < 300
+    for command in (["evaluate"], ["report"], ["export", "--out", tmp_path / "a.onnx"]):
+        done = vardrop(command[0], tmp_path / "a", *command[1:])
+        assert done.returncode == 0, done.stderr
+    done = vardrop("compress", "lenet-300-100", "--out", tmp_path / "a", *options)
+    assert done.returncode == 1 and "differs in schedule" in done.stderr
 
 
 def test_stored_weights_of_another_net_are_refused_side_by_side(tmp_path):

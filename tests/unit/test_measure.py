@@ -9,7 +9,7 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.errors import InvalidValueError
-from vardrop.measure import Row, Summary, count_nonzero, count_parameters, flops, latencies, latency
+from vardrop.measure import Row, Summary, count_nonzero, count_parameters, flops, latencies, latency, living_units
 
 
 def net():
@@ -196,3 +196,19 @@ def test_the_printed_table_is_aligned():
         "head.last  Conv2d  10x1x3x3     90       90\n"
         "compression 190.6x, 235,290 parameters, 941,160 bytes, 4,705 FLOPs"
     )
+
+
+def test_living_units_are_inputs_that_are_read_and_channels_that_have_a_weight():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.Linear(5, 2)
+    )
+    assert living_units(net) == [4, 16, 5]
+    with torch.no_grad():
+        net[0].weight[1:3] = 0
+        net[3].weight[:, [0, 5, 7]] = 0
+        net[4].weight[0] = 0
+    assert living_units(net) == [2, 13, 5]
+    vd.convert(net, vd.ARD(threshold=1e6))
+    with pytest.warns(vd.errors.EmptyLayerWarning):
+        vd.prune(net)
+    assert living_units(net) == [1, 1, 1]

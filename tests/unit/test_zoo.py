@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vardrop.errors import DataError, InvalidValueError
-from vardrop.zoo import NETS, Batches, Split, build_net, check_fits, load_data, validation_split
+from vardrop.zoo import NETS, Batches, Split, build_net, check_fits, load_data, load_inputs, validation_split
 
 
 def weights(net: nn.Module) -> int:
@@ -63,6 +63,15 @@ def test_digits_are_stratified_and_scaled():
     assert (len(data.train.y), len(data.test.y)) == (1437, 360)
     assert data.train.x.min() == 0 and data.train.x.max() == 1
     assert data.test.y.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+
+
+def test_random_labels_are_a_lot_that_falls_the_same_each_time():
+    digits, by_lot, again = (load_data(name) for name in ("digits", *["digits:random-labels"] * 2))
+    assert torch.equal(by_lot.train.x, digits.train.x)
+    assert torch.equal(by_lot.train.y, again.train.y)
+    assert by_lot.num_classes == 10
+    agreeing = (by_lot.train.y == digits.train.y).float().mean()
+    assert abs(agreeing - 0.1) < 4 * (0.09 / len(digits.train.y)) ** 0.5
 
 
 def write_own(
@@ -175,6 +184,21 @@ def test_folders_that_are_missing_or_of_another_layout_are_refused(tmp_path):
         load_data("x", data_root=tmp_path / "c")
 
 
+@pytest.mark.usefixtures("_own_cache")
+def test_strange_inputs_need_no_training_split_and_may_lie_in_any_folder(tmp_path):
+    write_hub_folder(tmp_path, splits=("test",))
+    by_name = load_inputs("some/set", input_shape=(1, 4, 5), data_root=tmp_path)
+    assert torch.allclose(by_name[2], torch.full((1, 4, 5), 100 / 255)) and len(by_name) == 4
+    folder = str(tmp_path / "some" / "set")
+    for root in (None, tmp_path / "elsewhere"):
+        assert torch.equal(load_inputs(folder, input_shape=(1, 4, 5), data_root=root), by_name)
+    with pytest.raises(DataError, match=r"inputs of shape \(1, 4, 5\), but the net takes \(1, 8, 8\)"):
+        load_inputs("some/set", input_shape=(1, 8, 8), data_root=tmp_path)
+    write_hub_folder(tmp_path / "b", splits=("train",))
+    with pytest.raises(DataError, match="has the splits train: must have test"):
+        load_inputs("some/set", input_shape=(1, 4, 5), data_root=tmp_path / "b")
+
+
 def test_the_order_of_batches_follows_from_seed_and_epoch_alone():
     split = Split(torch.arange(10.0), torch.arange(10))
     batches = Batches(split, 4, seed=3)
@@ -188,6 +212,21 @@ def test_the_order_of_batches_follows_from_seed_and_epoch_alone():
     assert [y.tolist() for _, y in again] == first
     again.set_epoch(6)
     assert [y.tolist() for _, y in again] != first
+
+
+def test_all_examples_stay_on_the_device_where_they_find_room():
+    batches = Batches(Split(torch.arange(10.0), torch.arange(10)), 4, seed=3)
+    batches.to(torch.device("meta"))
+    assert {part.device.type for batch in batches for part in batch} == {"meta"}
+
+    class TooLarge(torch.Tensor):
+        def to(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no room")
+
+    large = Split(torch.arange(10.0).as_subclass(TooLarge), torch.arange(10))
+    batches = Batches(large, 4, seed=3)
+    batches.to(torch.device("meta"))
+    assert batches.split is large
 
 
 def test_a_validation_split_takes_examples_away_from_training():
@@ -251,3 +290,14 @@ def test_nets_for_text_give_a_logit_for_each_class(tmp_path):
         check_fits("word-lstm-8", build_net("word-lstm-8", input_shape=(100,), num_classes=4), data)
     with pytest.raises(InvalidValueError, match="char-lstm takes a number of units such as char-lstm-256"):
         build_net("char-lstm-x", input_shape=(100,), num_classes=4)
+
+
+def test_lenet_5_has_a_form_with_batch_norm_behind_every_layer_but_the_last():
+    net = build_net("lenet-5-bn", input_shape=(1, 28, 28), num_classes=10)
+    kinds = [type(layer).__name__ for layer in net]
+    assert [kinds[place + 1] for place, kind in enumerate(kinds[:-1]) if kind in ("Conv2d", "Linear")] == [
+        "BatchNorm2d",
+        "BatchNorm2d",
+        "BatchNorm1d",
+    ]
+    assert kinds[-1] == "Linear" and weights(net) == 430_500

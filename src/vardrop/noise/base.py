@@ -80,6 +80,9 @@ class Noise(nn.Module):
         """Weight and bias of the plain layer that computes what this one computes in a quiet pass."""
         return self.masked(weight), bias
 
+    def resized(self, weight: Tensor, layout: Layout) -> None:
+        """Takes up the sizes of its host, whose `weight` and `layout` are cut; its own tensors are cut already."""
+
     def extra_repr(self) -> str:
         return "" if self.method is None else repr(self.method)
 

@@ -33,7 +33,10 @@ class Gate(Noise):
     def __init__(self, weight: Tensor, layout: Layout, place: Place) -> None:
         super().__init__()
         self.place: Place = place
-        self.axis = layout.in_axis if place == "input" else layout.out_axis
+        self.resized(weight, layout)
+
+    def resized(self, weight: Tensor, layout: Layout) -> None:
+        self.axis = layout.in_axis if self.place == "input" else layout.out_axis
         self.groups = layout.groups
         self.units: int = weight.shape[self.axis] * (layout.groups if self.axis == 1 else 1)
 

@@ -119,6 +119,9 @@ class AdditiveNoise(WeightNoise):
         (price, state), self._price = self._price, None
         return price if state == self._state_of(weight) else None
 
+    def resized(self, weight: Tensor, layout: Layout) -> None:
+        self._price = None
+
     def _state_of(self, weight: Tensor) -> tuple[int, ...]:
         return id(weight), weight._version, id(self.log_std), self.log_std._version, id(self.mask)
 
@@ -158,11 +161,15 @@ class MultiplicativeNoise(WeightNoise):
         reference = at_least_float32(weight.detach())
         start = torch.full(_shared_shape(weight, layout, sharing), log_alpha, dtype=reference.dtype)
         start = start.to(weight.device)
-        self.repeats = weight.shape[0] // start.shape[0] if start.shape[0] > 1 else 1
         if learned:
             self.shared_log_alpha = nn.Parameter(start)
         else:
             self.register_buffer("shared_log_alpha", start)
+        self.resized(weight, layout)
+
+    def resized(self, weight: Tensor, layout: Layout) -> None:
+        groups = self.shared_log_alpha.shape[0]
+        self.repeats = weight.shape[0] // groups if groups > 1 else 1
 
     def log_alpha(self, weight: Tensor) -> Tensor:
         return self.spread(self.shared_log_alpha, weight)

@@ -90,6 +90,54 @@ def trade_off(points: list[tuple[float, float]], front: list[tuple[float, float]
     return figure
 
 
+def uncertainty(record: dict[str, Any]) -> Figure:
+    """Reliability diagrams of an evaluation, and its uncertainty on known and strange inputs where it has them."""
+    ways = [way for way in record["rows"] if way != "small net"]
+    rows = 2 if record["histograms"] else 1
+    figure, axes = _panels(rows, len(ways), (3.4 * len(ways), 2.9 * rows))
+    for axis, way in zip(axes, ways, strict=False):
+        _reliability(axis, record["reliability"][way])
+        axis.set_xlabel(f"confidence, {way}", fontsize=8)
+        _title(axis, f"calibration error {100 * record['rows'][way]['ece']:.2f} %")
+    if rows == 2:
+        _histograms(axes[len(ways) :], record, "")
+    return figure
+
+
+def ood(records: dict[str, dict[str, Any]]) -> Figure:
+    """Uncertainty on known and strange inputs: a row for each evaluation, by its name."""
+    figure, axes = _panels(len(records), 3, (10.2, 2.6 * len(records)))
+    for row, (name, record) in enumerate(records.items()):
+        _histograms(axes[3 * row : 3 * row + 3], record, f"{name}: ")
+    return figure
+
+
+def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
+    """Shares of known and of strange inputs by entropy of the quiet pass, and both measures of the ensemble."""
+    drawn = [(way, name) for way in ("pruned net", *list(record["rows"])[-1:]) for name in record["histograms"][way]]
+    for axis, (way, name) in zip(axes, drawn, strict=True):
+        found = record["histograms"][way][name]
+        for kind, label in (("inside", "test data"), ("outside", "strange inputs")):
+            shares = [100 * count / sum(found[kind]) for count in found[kind]]
+            axis.stairs(shares, found["edges"], fill=True, alpha=0.55, label=label)
+        axis.set_yscale("log")
+        axis.set_xlabel(f"{name.replace('_', ' ')}, nats, {way}", fontsize=8)
+        axis.set_ylabel("share of inputs, %", color=INK, fontsize=8)
+        axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+        _title(axis, f"{prefix}AUROC {record['rows'][way][f'auroc_{name}']:.3f}")
+
+
+def _reliability(axis: Axes, found: dict[str, list[float]]) -> None:
+    """Accuracy over confidence; a dot's area tells how many predictions it stands for."""
+    kept = [row for row in zip(*found.values(), strict=True) if row[0]]
+    most = max(count for count, _, _ in kept)
+    axis.plot([0, 1], [0, 1], color=INK, linewidth=1)
+    axis.plot([mean for _, mean, _ in kept], [hits for _, _, hits in kept], linewidth=1)
+    sizes = [8 + 80 * count / most for count, _, _ in kept]
+    axis.scatter([mean for _, mean, _ in kept], [hits for _, _, hits in kept], s=sizes, color=COLOURS[0])
+    axis.set_ylabel("accuracy", color=INK, fontsize=8)
+
+
 def first_layer(weight: Tensor, input_shape: list[int]) -> Figure:
     """What the first layer still looks at: a map of the inputs and its strongest units, or its kernels."""
     images, summed = _as_images(weight, input_shape)
@@ -124,12 +172,18 @@ def _as_images(weight: Tensor, input_shape: list[int]) -> tuple[Tensor, Tensor |
     return weight.flatten(1)[:, None, :], None
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def need() -> None:
+    """Raises unless figures can be drawn."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("drawing a report", "report") from error
+        raise MissingExtraError("drawing a figure", "report") from error
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    need()
     from cycler import cycler
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     figure.patch.set_alpha(0.0)

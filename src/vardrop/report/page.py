@@ -78,6 +78,7 @@ def _page(folder: Path, run: dict[str, Any]) -> str:
     title = f"{config['net']} on {config['data']}, {config['method']['name']}"
     histograms = _json(folder / "histograms.json")
     threshold = _threshold(config["method"])
+    evaluation = _json(folder / "evaluation.json")
     sections = [
         ("Figures on the test data", _figures_table(run)),
         ("Training", _picture(figures.training_curves(history)) if history else None),
@@ -89,6 +90,7 @@ def _page(folder: Path, run: dict[str, Any]) -> str:
             "Log alpha at the end",
             _picture(figures.log_alpha_histograms(histograms, threshold)) if histograms else None,
         ),
+        ("Uncertainty, by `vardrop evaluate`", _picture(figures.uncertainty(evaluation)) if evaluation else None),
         ("First layer: surviving weights", _first_layer(folder / "first_layer.safetensors")),
         ("Configuration", _config_table(config)),
     ]

@@ -46,7 +46,7 @@ def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -
     2      8 -> 3  2       5
     parameters: 58 -> 23
     """
-    return _prove(model, as_arguments(example_inputs), on_unknown)[0]
+    return prove(model, as_arguments(example_inputs), on_unknown)[0]
 
 
 def cut(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
@@ -68,20 +68,26 @@ def cut(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") ->
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    done, graph, alive = _prove(model, as_arguments(example_inputs), on_unknown)
+    done, graph, alive = prove(model, as_arguments(example_inputs), on_unknown)
     _apply(model, graph, alive)
     return done
 
 
-def _prove(model: nn.Module, inputs: tuple[Any, ...], on_unknown: str) -> tuple[Plan, Graph, Alive]:
-    graph = read(model, inputs, on_unknown=on_unknown)
+def prove(
+    model: nn.Module, inputs: tuple[Any, ...], on_unknown: str, *, new_biases: bool = True
+) -> tuple[Plan, Graph, Alive]:
+    """What :func:`cut` would do, seen on a copy to leave the outputs as they are.
+
+    Unless there may be `new_biases`, layers without one take up no constants, so that their readers stay.
+    """
+    graph = read(model, inputs, on_unknown=on_unknown, new_biases=new_biases)
     alive = solve(graph)
     try:
         small = model if alive.units.all() else _compare(model, inputs, graph, alive)
     except GraphError:
         if on_unknown == "refuse" or not graph.fixed_sizes:
             raise
-        graph = read(model, inputs, on_unknown=on_unknown, keep_fixed_sizes=True)
+        graph = read(model, inputs, on_unknown=on_unknown, keep_fixed_sizes=True, new_biases=new_biases)
         alive = solve(graph)
         small = _compare(model, inputs, graph, alive)
     return Plan(describe(graph, alive), graph.notes, _count(model), _count(small)), graph, alive
@@ -101,30 +107,57 @@ def _apply(model: nn.Module, graph: Graph, alive: Alive) -> None:
 
 
 def _cut_layer(model: nn.Module, layer: Layer, alive: Alive) -> None:
-    inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
-    if inputs.all() and outputs.all():
+    if stays_whole(layer, alive):
         return
     weight = _get(model, layer.weight)
-    weights = canonical(weight.cpu(), layer.groups, layer.transposed)
-    added = contribution(weights, torch.where(folded(layer, alive), layer.const, 0.0))
+    added = left_behind(weight, layer, alive)
     bias = _get(model, layer.bias) if layer.bias else None
     if bias is not None or added.any():
         full = added if bias is None else bias.cpu().double() + added
         name = layer.bias or layer.weight.removesuffix("weight") + "bias"
-        _put(model, name, full[outputs], weight if bias is None else bias)
-    small = _living(weights, inputs.view(len(weights), -1), outputs.view(len(weights), -1))
+        _put(model, name, full[alive.units[layer.outputs]], weight if bias is None else bias)
+    _put(model, layer.weight, living_part(weight, layer, alive), weight)
+    count_anew(model, layer, alive)
+
+
+def stays_whole(layer: Layer, alive: Alive) -> bool:
+    """Whether no unit of `layer` goes."""
+    return bool(alive.units[layer.inputs].all() and alive.units[layer.outputs].all())
+
+
+def left_behind(weight: Tensor, layer: Layer, alive: Alive) -> Tensor:
+    """What the constants that go add to the bias of `layer`, through its `weight`: float64, ``(outputs,)``."""
+    weights = canonical(weight.cpu(), layer.groups, layer.transposed)
+    return contribution(weights, torch.where(folded(layer, alive), layer.const, 0.0))
+
+
+def living_part(weight: Tensor, layer: Layer, alive: Alive) -> Tensor:
+    """What stays of a tensor of the shape of the weight of `layer`; on the CPU."""
+    weights = canonical(weight.cpu(), layer.groups, layer.transposed)
+    inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
+    small = _living(weights, inputs.view(layer.groups, -1), outputs.view(layer.groups, -1))
     rows = (small.transpose(1, 2) if layer.transposed else small).flatten(0, 1)
-    _put(model, layer.weight, rows.reshape(*rows.shape[:2], *weight.shape[2:]), weight)
+    return rows.reshape(*rows.shape[:2], *weight.shape[2:])
+
+
+def living_groups(layer: Layer, alive: Alive) -> int:
+    """How many groups of `layer` stay."""
+    return int(alive.units[layer.outputs].view(layer.groups, -1).any(1).sum())
+
+
+def count_anew(model: nn.Module, layer: Layer, alive: Alive) -> None:
+    """Sets the numbers of units that the module behind `layer` tells."""
+    inputs, outputs = alive.units[layer.inputs], alive.units[layer.outputs]
     owner: Any = _owner(model, layer.weight)
     counts = int(inputs.sum()), int(outputs.sum())
     if isinstance(owner, nn.Linear):
         owner.in_features, owner.out_features = counts
-    elif is_conv1d(type(owner)):
+    elif any(map(is_conv1d, type(owner).__mro__)):
         owner.nf = counts[1]
         if hasattr(owner, "nx"):
             owner.nx = counts[0]
     elif isinstance(owner, _ConvNd):
-        owner.in_channels, owner.out_channels, owner.groups = *counts, len(small)
+        owner.in_channels, owner.out_channels, owner.groups = *counts, living_groups(layer, alive)
     elif isinstance(owner, nn.RNNBase) and "weight_hh" in layer.weight:
         owner.hidden_size = counts[0]
     elif isinstance(owner, nn.RNNBase) and layer.weight.endswith("weight_ih_l0"):

@@ -129,13 +129,23 @@ def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
 
 
-def read(model: nn.Module, arguments: tuple[Any, ...], *, on_unknown: str, keep_fixed_sizes: bool = False) -> Graph:
-    """Like :func:`graph`; with `keep_fixed_sizes` units stay where a reshape may state their number."""
+def read(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    *,
+    on_unknown: str,
+    keep_fixed_sizes: bool = False,
+    new_biases: bool = True,
+) -> Graph:
+    """Like :func:`graph`; with `keep_fixed_sizes` units stay where a reshape may state their number.
+
+    Without `new_biases`, layers that have no bias take up no constants.
+    """
     if on_unknown not in ("refuse", "keep"):
         raise InvalidValueError(f"on_unknown={on_unknown!r}: must be 'refuse' or 'keep'")
     model = deepcopy(model).eval()
     traced, names = _trace(model, arguments)
-    reading = Reading(model, names, keep_fixed_sizes)
+    reading = Reading(model, names, keep_fixed_sizes, new_biases)
     for node in traced.nodes:
         reading.env[node] = _visit(reading, node, on_unknown)
     return Graph(

@@ -115,7 +115,7 @@ def _read(reading: Reading, call: _Call) -> Outcome:
             outputs=outputs.ids,
             const=value.const,
             reads=reads,
-            folds=moves & ((value.const == 0) | (bias is not None) | plain),
+            folds=moves & ((value.const == 0) | (bias is not None) | (plain and reading.new_biases)),
             obstacle=call.obstacle or "there is no bias to take it",
             makes=outputs.const,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,11 @@ class Pruned:
     def units(self) -> str:
         """The living units of all gates in order, such as ``"294-110-71"``; empty without gates."""
         return "-".join(str(count.alive) for count in self.layers.values() if count.counts == "units")
+
+    def against(self, whole: Pruned) -> Pruned:
+        """The same living weights and units, counted against the totals of the net before it was shrunk."""
+        layers = {name: replace(count, total=whole.layers[name].total) for name, count in self.layers.items()}
+        return Pruned(layers, self.alive, whole.total)
 
     def __str__(self) -> str:
         rows = [f"{name}: {count.alive} of {count.total} {count.counts}" for name, count in self.layers.items()]

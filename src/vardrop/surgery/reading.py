@@ -114,11 +114,13 @@ class Reading:
         model: the network.
         names: the parameter or buffer behind each placeholder of the traced graph.
         keep_fixed_sizes: whether units stay where a reshape states their number.
+        new_biases: whether a layer without a bias may get one, to take up constants.
     """
 
     model: nn.Module
     names: Mapping[str, str]
     keep_fixed_sizes: bool = False
+    new_biases: bool = True
     classes: Classes = field(default_factory=Classes)
     env: dict[Node, Outcome] = field(default_factory=dict)
     parts: list[Layer | Follower] = field(default_factory=list)

@@ -26,11 +26,18 @@ class Batches:
         """Chooses the order of the next pass."""
         self.epoch = epoch
 
+    def to(self, device: torch.device) -> None:
+        """Keeps all examples on `device`, where they find room there; else each minibatch is brought when it is due."""
+        try:
+            self.split = Split(*(part.to(device) for part in self.split))
+        except torch.OutOfMemoryError:
+            return
+
     def __len__(self) -> int:
         return -(-len(self.split.y) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.split.y), generator=generator)
-        for indices in order.split(self.batch_size):
+        for indices in order.to(self.split.x.device).split(self.batch_size):
             yield self.split.x[indices], self.split.y[indices]

@@ -18,13 +18,25 @@ from vardrop.files import replace_file
 from vardrop.zoo.own import call_own, is_own
 from vardrop.zoo.text import classified, running
 
-DATASETS = {"digits": "scikit-learn", "mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+DATASETS = {
+    "digits": "scikit-learn",
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn",
+    "imdb": "stanfordnlp/imdb",
+}
 """Short names, and where the data behind them comes from: scikit-learn, or a Hub data set."""
+
+HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
+"""The part to take of Hub data sets that come in several."""
 
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 DIGITS_SEED = 0
+LABELS_SEED = 0
+RANDOM_LABELS = ":random-labels"
 
 
 class Split(NamedTuple):
@@ -53,11 +65,13 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     """The data set called `spec`, checked.
 
     Args:
-        spec: ``digits`` (comes with scikit-learn), ``mnist``, ``cifar10``, the id of another data set on the Hub, or
-            one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A Hub data set
-            holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or texts alone,
-            for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own, int64 inputs
-            stay as they are, such as token ids, all others become float32.
+        spec: a name in ``DATASETS`` such as ``mnist`` (``digits`` comes with scikit-learn), the id of another data set
+            on the Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A
+            Hub data set holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or
+            texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own,
+            int64 inputs stay as they are, such as token ids, all others become float32. Behind the name of a data set,
+            ``:random-labels`` gives each example a label by lot, so that there is nothing to learn but by heart
+            (arXiv:1701.05369, section 5.4).
         data_root: folder with data sets in the layout they have on the Hub, such as ``ROOT/ylecun/mnist``; ``None``
             for the Hub itself.
 
@@ -68,11 +82,38 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     >>> load_data("digits").train.x.shape
     torch.Size([1437, 1, 8, 8])
     """
+    if spec.endswith(RANDOM_LABELS):
+        return _with_random_labels(spec, load_data(spec.removesuffix(RANDOM_LABELS), data_root=data_root))
     if is_own(spec):
         return _checked(spec, _own_splits(spec))
     if spec == "digits":
         return _checked(spec, _digits())
     return _checked(spec, _from_hub(DATASETS.get(spec, spec), data_root))
+
+
+def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | None = None) -> Tensor:
+    """The test inputs of the data set called `spec`, which may have other labels than a net knows, or no train split.
+
+    Args:
+        spec: as in :func:`load_data`; of a Hub data set, one of images. It may also be the path of a folder.
+        input_shape: the shape that one input must have.
+        data_root: as in :func:`load_data`.
+
+    Raises:
+        DataError: the folder is missing or of another layout, or inputs are of another shape or not finite.
+
+    >>> from vardrop.zoo import load_inputs
+    >>> load_inputs("digits", input_shape=(1, 8, 8)).shape
+    torch.Size([360, 1, 8, 8])
+    """
+    if spec == "digits" or is_own(spec):
+        x = load_data(spec).test.x
+    else:
+        name = DATASETS.get(spec, spec)
+        x = _decoded(name, _tables(name, data_root, "test")["test"]).x
+    if x.shape[1:] != input_shape:
+        raise DataError(f"data {spec!r}: inputs of shape {tuple(x.shape[1:])}, but the net takes {input_shape}")
+    return x
 
 
 def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
@@ -114,6 +155,15 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
     return Data(name, *splits, classes)
 
 
+def _with_random_labels(spec: str, data: Data) -> Data:
+    generator = torch.Generator().manual_seed(LABELS_SEED)
+    train, test = (
+        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
+        for split in (data.train, data.test)
+    )
+    return Data(spec, train, test, data.num_classes)
+
+
 def _own_splits(spec: str) -> tuple[Split, Split]:
     given = call_own(spec)
     try:
@@ -144,7 +194,8 @@ def _digits() -> tuple[Split, Split]:
     return Split(x_train.float()[:, None], y_train.long()), Split(x_test.float()[:, None], y_test.long())
 
 
-def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
+    """The data set `name` as it is on the Hub; it must have the `splits`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -153,15 +204,20 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
     if data_root is not None and not Path(path).is_dir():
         raise DataError(f"data {name!r}: there is no folder {path}; it must hold the data set as it is on the Hub")
     try:
-        found = load_dataset(path)
+        found = load_dataset(path, HUB_CONFIGS.get(name))
     except Exception as error:
         where = path if data_root is not None else f"{name} on the Hub"
         raise DataError(
             f"data {name!r} could not be read from {where}: {type(error).__name__}: {error}; "
             "a local copy is named with --data-root"
         ) from error
-    if not {"train", "test"} <= set(found):
-        raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have train and test")
+    if not set(splits) <= set(found):
+        raise DataError(f"data {name!r} has the splits {', '.join(found)}: must have {' and '.join(splits)}")
+    return found
+
+
+def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+    found = _tables(name, data_root, "train", "test")
     columns = set(found["train"].column_names)
     column = next((column for column in TEXT_COLUMNS if column in columns), None)
     if column is None:

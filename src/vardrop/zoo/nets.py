@@ -30,7 +30,7 @@ def lenet_500_300(input_shape: Shape, num_classes: int, option: str = "") -> nn.
     return _authors_start(_dense((math.prod(input_shape), 500, 300, num_classes)))
 
 
-def lenet_5(input_shape: Shape, num_classes: int, option: str = "") -> nn.Module:
+def lenet_5(input_shape: Shape, num_classes: int, option: str = "") -> nn.Sequential:
     """LeNet-5-Caffe, 20-50-800-500-10, ReLU after every layer but the last: 430 500 weights on MNIST.
 
     The ReLU stands behind the pooling, which gives the same values as before it for a quarter of the work.
@@ -51,6 +51,18 @@ def lenet_5(input_shape: Shape, num_classes: int, option: str = "") -> nn.Module
             nn.Linear(500, num_classes),
         )
     )
+
+
+def lenet_5_bn(input_shape: Shape, num_classes: int, option: str = "") -> nn.Module:
+    """LeNet-5-Caffe with batch-norm behind every layer but the last, as variance networks want it."""
+    layers: list[nn.Module] = []
+    for layer in lenet_5(input_shape, num_classes):
+        layers.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+        elif isinstance(layer, nn.Linear):
+            layers.append(nn.BatchNorm1d(layer.out_features))
+    return nn.Sequential(*layers[:-1])
 
 
 def mlp(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
@@ -156,6 +168,7 @@ NETS: dict[str, Builder] = {
     "lenet-300-100": lenet_300_100,
     "lenet-500-300": lenet_500_300,
     "lenet-5": lenet_5,
+    "lenet-5-bn": lenet_5_bn,
     "mlp": mlp,
     "conv-small": conv_small,
     "vgg-like": vgg_like,

@@ -1,0 +1,183 @@
+"""How well predicted probabilities keep their word: proper scores, calibration, and telling strange inputs apart.
+
+`log_probabilities` are ``(N, classes, *)`` and `y` their labels ``(N, *)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vardrop import uncertainty
+from vardrop.errors import InvalidValueError, MissingExtraError
+
+BINS = 15
+
+
+class Reliability(NamedTuple):
+    """Predictions by their confidence, in bins of equal width over [0, 1].
+
+    Attributes:
+        counts: how many predictions lie in each bin, ``(bins,)``.
+        confidence: their mean confidence; 0 in an empty bin.
+        accuracy: the share of them that is correct; 0 in an empty bin.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+class Judged(NamedTuple):
+    """What is known of each label predicted, in the order of the labels: ``(labels,)`` each, in nats where it applies.
+
+    Attributes:
+        confidence: the probability of the predicted class.
+        correct: whether it is that of the label.
+        nll: negative log-likelihood.
+        brier: Brier score.
+        entropy: predictive entropy.
+        mutual_information: of label and weights.
+    """
+
+    confidence: Tensor
+    correct: Tensor
+    nll: Tensor
+    brier: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+
+
+def judge(log_probabilities: Tensor, y: Tensor) -> Judged:
+    """Judges the ensemble of the draws ``(samples, N, classes, *)`` by the labels `y`, ``(N, *)``.
+
+    >>> draws = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]]).log()
+    >>> vd.metrics.judge(draws, torch.tensor([1])).brier
+    tensor([1.1250])
+    """
+    mean = uncertainty.predictive_log_probabilities(log_probabilities)
+    best = mean.max(dim=1)
+    found = (
+        best.values.exp(),
+        best.indices == y,
+        nll(mean, y),
+        brier(mean, y),
+        uncertainty.predictive_entropy(log_probabilities),
+        uncertainty.mutual_information(log_probabilities),
+    )
+    return Judged(*(each.flatten() for each in found))
+
+
+def nll(log_probabilities: Tensor, y: Tensor) -> Tensor:
+    """Negative log-likelihood of each label, ``(N, *)``, nats; infinite where a label was thought impossible.
+
+    >>> vd.metrics.nll(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
+    tensor([0.6931])
+    """
+    return F.nll_loss(log_probabilities, y, reduction="none")
+
+
+def brier(log_probabilities: Tensor, y: Tensor) -> Tensor:
+    """Squared distance of the probabilities from the label, summed over classes, ``(N, *)``; between 0 and 2.
+
+    Source: Brier, "Verification of forecasts expressed in terms of probability", 1950.
+
+    >>> vd.metrics.brier(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
+    tensor([0.5000])
+    """
+    target = F.one_hot(y, log_probabilities.shape[1]).movedim(-1, 1)
+    return (log_probabilities.exp() - target).square().sum(dim=1)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> float:
+    """Expected calibration error: the mean gap of confidence and accuracy over bins of equal width, a fraction.
+
+    Args:
+        confidence: the probability of each predicted class, ``(labels,)``.
+        correct: whether it was right.
+        bins: their number.
+
+    Raises:
+        MissingExtraError: the extra ``metrics`` is not installed.
+        InvalidValueError: a confidence is outside [0, 1], or `bins` is below 1.
+
+    Source: arXiv:1706.04599, equation 3, computed by torchmetrics.
+
+    >>> round(vd.metrics.calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 4)
+    0.4
+    """
+    need()
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    found = binary_calibration_error(_binnable(confidence, bins), correct.flatten().long(), n_bins=bins, norm="l1")
+    return float(found)
+
+
+def reliability(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Reliability:
+    """The reliability diagram behind :func:`calibration_error`.
+
+    Raises:
+        InvalidValueError: a confidence is outside [0, 1], or `bins` is below 1.
+
+    Source: arXiv:1706.04599, section 2.
+
+    >>> vd.metrics.reliability(torch.tensor([0.9, 0.8]), torch.tensor([True, False]), bins=2).accuracy
+    tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    confidence = _binnable(confidence, bins)
+    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64, device=confidence.device)
+    index = torch.bucketize(confidence, edges, right=True) - 1
+    counts = torch.bincount(index, minlength=bins)
+    sums = (torch.bincount(index, each.double().flatten(), minlength=bins) for each in (confidence, correct))
+    return Reliability(counts, *(each / counts.clamp_min(1) for each in sums))
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """How well a score tells strange inputs from known ones: the chance that it is larger for a strange one.
+
+    Args:
+        inside: scores of known inputs, such as their predictive entropy, any shape.
+        outside: scores of strange inputs.
+
+    Raises:
+        MissingExtraError: the extra ``metrics`` is not installed.
+        InvalidValueError: there are no scores of one kind, or some that are not numbers.
+
+    Source: arXiv:1610.02136, section 2, computed by torchmetrics.
+
+    >>> vd.metrics.ood_auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.9]))
+    0.875
+    """
+    need()
+    from torchmetrics.functional.classification import binary_auroc
+
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if scores.numel() == 0 or bool(scores.isnan().any()):
+            raise InvalidValueError(f"{name}: must be scores without NaN, at least one")
+    strange = torch.cat([torch.zeros(inside.numel()), torch.ones(outside.numel())]).long().to(inside.device)
+    ranks = torch.cat([inside.flatten(), outside.flatten()]).unique(return_inverse=True)[1]
+    return float(binary_auroc(ranks.double() / len(ranks), strange))  # in [0, 1], which it takes as they are
+
+
+def need() -> None:
+    """Raises :class:`MissingExtraError` unless torchmetrics is installed.
+
+    >>> vd.metrics.need()
+    """
+    try:
+        import torchmetrics.functional.classification  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("calibration error and area under the ROC curve", "metrics") from error
+
+
+def _binnable(confidence: Tensor, bins: int) -> Tensor:
+    """In float64 and below 1, so that certainty falls into the last bin rather than into one of its own."""
+    if bins < 1:
+        raise InvalidValueError(f"bins={bins}: must be at least 1")
+    confidence = confidence.double().flatten()
+    if not bool(((confidence >= 0.0) & (confidence <= 1.0 + uncertainty.ROUNDING)).all()):
+        raise InvalidValueError("confidence: must lie in [0, 1]")
+    return confidence.clamp_max(1.0 - torch.finfo(torch.float64).eps)

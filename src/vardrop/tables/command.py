@@ -1,0 +1,64 @@
+"""What ``vardrop reproduce`` does: run what is missing, keep it, show the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from vardrop.files import replace_file
+from vardrop.tables.page import LEGEND, markdown, page
+from vardrop.tables.recipes import Budget, find_tables
+from vardrop.tables.runner import Options, cells_of, run_cells
+from vardrop.tables.show import beside, watching
+from vardrop.tables.store import found_in, keep, record_of
+
+
+def reproduce(
+    names: Sequence[str],
+    options: Options,
+    console: Console,
+    *,
+    budget: Budget,
+    seeds: int,
+    rows: Sequence[str] = (),
+    store: Path | None = None,
+) -> dict[str, str]:
+    """Runs the cells that are missing and shows the tables; gives the cells that failed, each with the reason.
+
+    Writes ``TABLE/table.md`` and ``TABLE/table.html`` into the folder of all tables.
+
+    Args:
+        names: tables by id, or ``all``.
+        options: where and how the cells run.
+        console: where the tables are shown.
+        budget: ``"full"`` or ``"short"``.
+        seeds: runs of each row, with seeds from 0; 0 to show what is there.
+        rows: names of rows; empty for all.
+        store: folder that gets a small record of each finished cell.
+
+    Raises:
+        InvalidValueError: there is no such table or row, or an option is out of range.
+        DataError: nothing can be run for want of data.
+    """
+    tables = find_tables(names, options.recipes)
+    cells = cells_of(tables, budget, seeds, rows)
+    with watching(console, cells, options.folder) if cells else nullcontext() as watch:
+        outcome = run_cells(cells, options, watch)
+    for cell in cells:
+        if store is not None and cell.place in outcome.finished:
+            keep(cell, record_of(cell, options.folder) or {}, store)
+    for table in tables:
+        found = found_in(options.folder, list(table.runs()))
+        for part in beside(table, found):
+            console.print(part)
+        where = options.folder / table.id
+        for path, text in (
+            (where / "table.md", f"{markdown(table, found)}\n{LEGEND}\n"),
+            (where / "table.html", page([table], found)),
+        ):
+            replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
+        console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
+    return outcome.failed

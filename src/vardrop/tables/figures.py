@@ -1,0 +1,174 @@
+"""What a column of a table stands for: where it lies in the record of a run, its unit, and which way is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any, Literal
+
+Value = float | tuple[float, ...]
+Need = Literal["sizes", "times", "ensemble"]
+DASH = "—"
+TIMED_BATCH, TIMED_THREADS = 128, 1
+TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a run.
+
+    Attributes:
+        label: with its unit.
+        read: the figure in a record, or ``None`` where it is not there.
+        digits: decimals that the papers print.
+        better: which way is better, or ``None`` where neither is.
+        need: what must be measured after the run to have it, and where the record keeps that.
+    """
+
+    label: str
+    read: Callable[[Mapping[str, Any]], Value | None]
+    digits: int = 0
+    better: Literal["lower", "higher"] | None = None
+    need: Need | None = None
+
+    def show(self, value: Value | None) -> str:
+        """The figure as text; a list of layers is joined by dashes.
+
+        >>> from vardrop.tables.figures import FIGURES
+        >>> FIGURES["units"].show((784, 500, 300)), FIGURES["error"].show(1.5), FIGURES["error"].show(None)
+        ('784-500-300', '1.50', '—')
+        """
+        if value is None:
+            return DASH
+        parts = value if isinstance(value, tuple) else (value,)
+        return "-".join(f"{part:,.{self.digits}f}" for part in parts)
+
+    def size(self, value: Value) -> float:
+        """What is compared: the number itself, the sum over layers."""
+        return math.fsum(value) if isinstance(value, tuple) else value
+
+    def beats(self, value: Value, other: Value) -> bool:
+        """Whether `value` is better than `other`."""
+        less = self.size(value) < self.size(other)
+        return less if self.better == "lower" else self.size(value) > self.size(other)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A figure over several seeds: its mean or median, its standard deviation, and how many there are."""
+
+    value: Value
+    std: float | None
+    count: int
+
+
+def join(values: Sequence[Value], statistic: Literal["mean", "median"]) -> Joined | None:
+    """Joins what several seeds gave, layer by layer; the standard deviation is that of a single number alone.
+
+    >>> from vardrop.tables.figures import join
+    >>> join([1.0, 3.0], "mean")
+    Joined(value=2.0, std=1.4142135623730951, count=2)
+    """
+    if not values:
+        return None
+    middle = fmean if statistic == "mean" else median
+    numbers = [value for value in values if not isinstance(value, tuple)]
+    if len(numbers) == len(values):
+        return Joined(middle(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+    layers = zip(*(value for value in values if isinstance(value, tuple)), strict=True)
+    return Joined(tuple(middle(layer) for layer in layers), None, len(values))
+
+
+def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) -> str:
+    """``within``, ``better`` or ``short by``: ours against the paper's.
+
+    Within is a difference of at most the standard deviations of both, joined (what a single seed, or a paper without
+    them, does not have counts as zero), or of what the paper's rounding leaves open.
+
+    >>> from vardrop.tables.figures import FIGURES, Joined, mark
+    >>> error = FIGURES["error"]
+    >>> [mark(error, Joined(value, 0.05, 5), 1.92, None) for value in (1.95, 1.8, 2.0)]
+    ['within', 'better', 'short by 0.08']
+    """
+    if figure.better is None:
+        return ""
+    layers = len(paper) if isinstance(paper, tuple) else 1
+    if layers != (len(ours.value) if isinstance(ours.value, tuple) else 1):
+        return ""
+    difference = figure.size(ours.value) - figure.size(paper)
+    worse = difference if figure.better == "lower" else -difference
+    rounding = 0.5 * 10.0**-figure.digits * layers
+    spread = math.hypot(ours.std or 0.0, paper_std or 0.0)
+    if abs(difference) <= max(rounding, spread) * (1 + 1e-9):
+        return "within"
+    return "better" if worse < 0 else f"short by {worse:,.{figure.digits}f}"
+
+
+def _sparsity(record: Mapping[str, Any]) -> Value | None:
+    alive = record["pruned"]["alive"]
+    return tuple(100.0 * (1.0 - alive[name] / total) for name, total in record["layers"].items())
+
+
+def _units(record: Mapping[str, Any]) -> Value | None:
+    if record["pruned"].get("units"):
+        return tuple(float(part) for part in record["pruned"]["units"].split("-"))
+    units = record["compacted"].get("units")
+    return None if units is None else tuple(map(float, units))
+
+
+def _accuracy(*path: str) -> Callable[[Mapping[str, Any]], Value | None]:
+    def read(record: Mapping[str, Any]) -> Value | None:
+        found: Any = record
+        for key in path:
+            found = found.get(key) if found else None
+        return None if found is None else 100.0 * (1.0 - found)
+
+    return read
+
+
+def _elbo(record: Mapping[str, Any]) -> Value | None:
+    history = record.get("history")
+    if not history or "num_data" not in record:
+        return None
+    return -float(history[-1]["train_nll"] * record["num_data"] + history[-1]["kl"])
+
+
+def _ratio(need: Need, name: str, kind: Literal["saved", "left"]) -> Callable[[Mapping[str, Any]], Value | None]:
+    def read(record: Mapping[str, Any]) -> Value | None:
+        found = record.get(need, {}).get(name)
+        if found is None or not found["ratio"]:
+            return None
+        return float(found["ratio"] if kind == "saved" else 100.0 / found["ratio"])
+
+    return read
+
+
+FIGURES = {
+    "error": Figure("test error, %", lambda record: 100.0 * record["pruned"]["error"], 2, "lower"),
+    "compression": Figure("compression", lambda record: record["pruned"]["compression"], 0, "higher"),
+    "sparsity_per_layer": Figure("sparsity per layer, %", _sparsity, 1),
+    "sparsity": Figure(
+        "sparsity, %",
+        lambda record: 100.0 * (1.0 - record["pruned"]["nonzero"] / record["pruned"]["total"]),
+        1,
+        "higher",
+    ),
+    "units": Figure("units per layer", _units, 0, "lower"),
+    "speedup_cpu": Figure("speed-up, CPU", _ratio("times", TIMED, "saved"), 2, "higher", "times"),
+    "speedup_gpu": Figure("speed-up, GPU", lambda record: None, 2, "higher"),
+    "speedup_flops": Figure("speed-up, FLOPs", _ratio("sizes", "authors_flops", "saved"), 2, "higher", "sizes"),
+    "memory": Figure("memory, %", _ratio("sizes", "parameters", "left"), 2, "lower", "sizes"),
+    "train_accuracy": Figure("training accuracy, %", _accuracy("pruned", "train_error"), 0),
+    "test_accuracy": Figure("test accuracy, %", _accuracy("pruned", "error"), 0),
+    "test_mse": Figure("test MSE", lambda record: None, 4, "lower"),
+    "valid_bpc": Figure("validation, bits per character", lambda record: None, 3, "lower"),
+    "test_bpc": Figure("test, bits per character", lambda record: record["pruned"]["nll"] / math.log(2.0), 3, "lower"),
+    "elbo": Figure("ELBO, nats", _elbo, 0, "higher"),
+    "deterministic_accuracy": Figure("deterministic accuracy, %", _accuracy("trained", "error"), 1),
+    "stochastic_accuracy": Figure(
+        "stochastic accuracy, %", _accuracy("ensemble", "1", "error"), 1, "higher", "ensemble"
+    ),
+    "ensemble_accuracy": Figure("ensemble accuracy, %", _accuracy("ensemble", "20", "error"), 1, "higher", "ensemble"),
+}

@@ -1,0 +1,198 @@
+"""A table with ours beside the paper's: as lines of text, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vardrop.tables.figures import DASH, Figure, Joined, join, mark
+from vardrop.tables.recipes import Ordering, Row, Table
+from vardrop.tables.store import Found
+
+HOLDS, FAILS, NOT_RUN = "holds", "does not hold here", "not run"
+LEGEND = (
+    "Ours is the mean over the seeds, or the median where the table says so, with the standard deviation where there "
+    "are several; a list is layer by layer. *within*: it differs from the paper's figure by no more than both standard "
+    "deviations joined (one seed has none, nor has a paper that prints none), or than the paper's rounding leaves "
+    "open. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
+    "sums. An em-dash: no figure."
+)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #9aa; --ground: #16191f; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 75rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h2 { font-size: 1.1rem; margin-top: 2.5rem; } p.sub, td.from, td.remark, li { color: var(--soft); }
+div.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; vertical-align: top; }
+tr.first td { border-top: 1px solid var(--line); }
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: the paper's figures of a row, or ours with one budget.
+
+    Attributes:
+        row: name of the row.
+        origin: ``"paper"``, or budget and seeds of ours.
+        cells: a text for each column.
+        remark: why ours may differ, or why there is none.
+    """
+
+    row: str
+    origin: str
+    cells: tuple[str, ...]
+    remark: str = ""
+
+
+def lines_of(table: Table, found: Found) -> list[Line]:
+    """All lines of `table` with what was found of our runs."""
+    lines = []
+    for row in table.rows.values():
+        told = [_with_std(table.figures[name], row.paper.get(name), row.std.get(name)) for name in table.columns]
+        if row.paper:
+            lines.append(Line(row.name, "paper", tuple(told)))
+        lines += _ours(table, row, found)
+    return lines
+
+
+def verdicts(table: Table, found: Found) -> list[tuple[str, str]]:
+    """What the paper claims of the order of rows, and whether it holds here."""
+    return [(_claim(table, ordering), _verdict(table, ordering, found)) for ordering in table.orderings]
+
+
+def markdown(table: Table, found: Found) -> str:
+    """The `table` in Markdown, headed by its title."""
+    head = ["", "", *table.labels, "remarks"]
+    rows = [head, ["---"] * len(head)]
+    last = ""
+    for line in lines_of(table, found):
+        rows.append(["" if line.row == last else line.row, line.origin, *line.cells, line.remark])
+        last = line.row
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    claims = "".join(f"- {claim}: {verdict}\n" for claim, verdict in verdicts(table, found))
+    return f"## {table.title}\n\n{_heading(table)}\n\n{body}\n" + (f"\n{claims}" if claims else "")
+
+
+def page(tables: Sequence[Table], found: Found) -> str:
+    """The `tables` as one HTML file without any outside resource."""
+    parts = [_section(table, found) for table in tables]
+    legend = html.escape(LEGEND).replace("*within*", "<em>within</em>").replace("*better*", "<em>better</em>")
+    legend = legend.replace("*short by*", "<em>short by</em>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Tables of the papers</title>\n'
+        f"<style>{STYLE}</style></head><body>\n<h1>Tables of the papers, made again</h1>\n<p class=sub>{legend}</p>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _section(table: Table, found: Found) -> str:
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in table.labels)
+    body, last = [], ""
+    for line in lines_of(table, found):
+        name, last = ("" if line.row == last else line.row), line.row
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line.cells)
+        body.append(
+            f"<tr{' class=first' if name else ''}><td>{html.escape(name)}</td>"
+            f"<td class=from>{html.escape(line.origin)}</td>{cells}"
+            f"<td class=remark>{html.escape(line.remark)}</td></tr>"
+        )
+    claims = "".join(f"<li>{html.escape(f'{claim}: {verdict}')}</li>" for claim, verdict in verdicts(table, found))
+    return (
+        f"<h2>{html.escape(table.title)}</h2>\n<p class=sub>{html.escape(_heading(table))}</p>\n<div class=wide><table>"
+        f"<tr><th></th><th></th>{head}<th></th></tr>\n" + "\n".join(body) + f"\n</table></div>\n<ul>{claims}</ul>"
+    )
+
+
+def _heading(table: Table) -> str:
+    kind = f" In each column: {table.kind}." if table.kind else ""
+    statistic = " Medians over the seeds." if table.statistic == "median" else ""
+    caption = f" {table.caption}" if table.caption else ""
+    return f"`{table.id}`: {table.source}, {table.where}.{kind}{statistic}{caption}"
+
+
+def _ours(table: Table, row: Row, found: Found) -> list[Line]:
+    lines = []
+    for budget in found.budgets(list(row.runs.values())):
+        cells = [
+            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name) for name in table.columns
+        ]
+        lines.append(Line(row.name, _origin(row, budget, found), tuple(cells), row.reason))
+    if not lines:
+        remark = row.not_run or "; ".join(filter(None, ("not run yet", row.reason)))
+        lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), remark))
+    return lines
+
+
+def _origin(row: Row, budget: str, found: Found) -> str:
+    """Budget, epochs and seeds of our figures."""
+    records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
+    epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
+    told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
+    return f"{told}, {_seeds({seed for seed, _ in records})}"
+
+
+def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> Joined | None:
+    """Our figure over all seeds."""
+    run = row.runs.get(column) or row.runs.get("")
+    records: Mapping[int, Mapping[str, Any]] = {} if run is None else found.of(run, budget)
+    read = [table.figures[column].read(record) for _, record in sorted(records.items())]
+    return join([value for value in read if value is not None], table.statistic)
+
+
+def _cell(figure: Figure, joined: Joined | None, row: Row, column: str) -> str:
+    if joined is None:
+        return DASH
+    text = _with_std(figure, joined.value, joined.std)
+    paper = row.paper.get(column)
+    said = "" if paper is None else mark(figure, joined, paper, row.std.get(column))
+    return f"{text}, {said}" if said else text
+
+
+def _with_std(figure: Figure, value: Any, std: float | None) -> str:
+    return figure.show(value) + ("" if value is None or std is None else f" ± {std:,.{figure.digits}f}")
+
+
+def _seeds(seeds: set[int]) -> str:
+    if len(seeds) < 2:
+        return f"seed {min(seeds)}"
+    named = (
+        f"{min(seeds)} to {max(seeds)}"
+        if max(seeds) - min(seeds) == len(seeds) - 1
+        else ", ".join(map(str, sorted(seeds)))
+    )
+    return f"seeds {named}"
+
+
+def _claim(table: Table, ordering: Ordering) -> str:
+    others = [name for name in table.rows if name != ordering.better]
+    than = "every other row" if len(others) > 1 and set(others) == set(ordering.than) else " and ".join(ordering.than)
+    names = [label for column, label in zip(table.columns, table.labels, strict=True) if column in ordering.columns]
+    return f"{ordering.better} is better than {than} in {', '.join(names)}"
+
+
+def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
+    """Whether the claim holds among the rows that were run, with the first budget that compares any."""
+    best = table.rows[ordering.better]
+    for budget in found.budgets(list(best.runs.values())):
+        broken, compared = False, False
+        missing: dict[str, list[str]] = {"without": [], "in part against": []}
+        for name in ordering.than:
+            pairs = [
+                (column, _joined(table, best, column, budget, found), other)
+                for column in ordering.columns
+                for other in [_joined(table, table.rows[name], column, budget, found)]
+            ]
+            known = [(column, ours, other) for column, ours, other in pairs if ours is not None and other is not None]
+            if len(known) < len(pairs):
+                missing["in part against" if known else "without"].append(name)
+            compared |= bool(known)
+            broken |= any(not table.figures[column].beats(ours.value, other.value) for column, ours, other in known)
+        if compared:
+            rest = [f"{how} {', '.join(names)}" for how, names in missing.items() if names]
+            return f"{FAILS if broken else HOLDS} ({'; '.join([budget, *rest])})"
+    return NOT_RUN

@@ -1,0 +1,322 @@
+"""Trains what the tables need: one process a cell, side by side, each cell once however many runners there are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from vardrop.compress import RUN, compress
+from vardrop.errors import DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
+from vardrop.evaluate import evaluate, measure_run, read_run
+from vardrop.files import replace_file
+from vardrop.tables.figures import TIMED_BATCH, TIMED_THREADS
+from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
+from vardrop.tables.store import CELL, record_of
+from vardrop.train import HISTORY
+from vardrop.zoo import load_data
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+Device = Literal["auto", "cpu", "cuda"]
+TICK = 0.2
+"""Seconds between looks at the processes."""
+
+REPEATS = 50
+DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how the cells run.
+
+    Args:
+        folder: of all tables.
+        data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for an accelerator where there is one.
+        jobs: cells side by side, at least 1.
+        recipes: folder of the recipes.
+    """
+
+    folder: Path
+    data_root: Path | None = None
+    device: Device = "auto"
+    jobs: int = 1
+    recipes: Path = PAPERS
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InvalidValueError(f"jobs={self.jobs}: must be at least 1")
+        if self.device not in get_args(Device):
+            raise InvalidValueError(f"device={self.device!r}: must be one of {', '.join(get_args(Device))}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InvalidValueError("device='cuda': torch finds no such device here; must be cpu or auto")
+
+
+@dataclass
+class Watch:
+    """What is told of the progress.
+
+    Attributes:
+        on_start: of each cell that starts.
+        on_end: of each cell that ended, with the reason where it failed and "" where it did not.
+        on_tick: several times a second.
+    """
+
+    on_start: Callable[[Cell], None] = lambda cell: None
+    on_end: Callable[[Cell, str], None] = lambda cell, reason: None
+    on_tick: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Outcome:
+    """The cells that are finished, and why others are not, by their places."""
+
+    finished: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def cells_of(tables: Sequence[Table], budget: Budget, seeds: int, rows: Sequence[str] = ()) -> list[Cell]:
+    """The cells of the tables, those that others start from before these, each once.
+
+    Raises:
+        InvalidValueError: an unknown budget or row, or a negative number of seeds.
+    """
+    if budget not in get_args(Budget):
+        raise InvalidValueError(f"budget={budget!r}: must be one of {', '.join(get_args(Budget))}")
+    if seeds < 0:
+        raise InvalidValueError(f"seeds={seeds}: must be at least 0")
+    found: dict[str, Cell] = {}
+    runs = [run for table in tables for run in table.runs(rows)]
+    for seed in range(seeds):
+        for run in runs:
+            chain = [Cell(run, budget, seed)]
+            while (before := chain[-1].before) is not None:
+                chain.append(before)
+            for cell in reversed(chain):
+                found.setdefault(cell.place, cell)
+    return list(found.values())
+
+
+def epochs_done(cell: Cell, folder: Path) -> int:
+    """Epochs of its last stage that the checkpoint of `cell` holds."""
+    try:
+        return len((folder / cell.place / HISTORY).read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def run_cell(cell: Cell, options: Options) -> None:
+    """Trains one cell in this process, or goes on where it was broken off; a finished one is left alone.
+
+    Raises:
+        StorageError: another process works on it.
+    """
+    place = options.folder / cell.place
+    with _locked(place) as held:
+        if not held:
+            raise StorageError(f"{place} is being worked on by another process")
+        if record_of(cell, options.folder) is not None:
+            return
+        if not (place / RUN).exists():
+            compress(cell.job(options.folder, data_root=options.data_root), place)
+        record = read_run(place)
+        if cell.run.needs & {"sizes", "times"}:
+            record |= _measured(cell, place, options)
+        if "ensemble" in cell.run.needs:
+            ways = evaluate(place, data_root=options.data_root, samples=DRAWS)["rows"]
+            record["ensemble"] = {"1": ways["one draw"], str(DRAWS): ways[f"ensemble of {DRAWS} draws"]}
+        replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
+
+
+def _measured(cell: Cell, place: Path, options: Options) -> dict[str, dict[str, Any]]:
+    """Sizes of the small net beside the original, and times where a table asks for them."""
+    timed = "times" in cell.run.needs
+    found = measure_run(
+        place,
+        data_root=options.data_root,
+        repeats=REPEATS,
+        onnx=False,
+        batch_sizes=(TIMED_BATCH,) if timed else (),
+        threads=(TIMED_THREADS,),
+    ).record
+    times = {name: found.pop(name) for name in list(found) if name.startswith("seconds")}
+    return {"sizes": found, "times": times} if timed else {"sizes": found}
+
+
+def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = None) -> Outcome:
+    """Runs the cells that are not finished, each in a process of its own; what fails does not stop the rest.
+
+    Several runners may share a folder: a cell belongs to whoever holds its lock, which falls with its process.
+
+    Args:
+        cells: those that others start from before these.
+        options: where and how.
+        watch: told of the progress.
+
+    Raises:
+        DataError: not one of the cells has its data.
+    """
+    watch = watch or Watch()
+    outcome = Outcome()
+    waiting: list[Cell] = []
+    for cell in cells:
+        try:
+            finished, reason = record_of(cell, options.folder) is not None, ""
+            cell.job(options.folder)
+        except (InvalidValueError, StorageError) as error:
+            finished, reason = False, str(error)
+        if reason:
+            outcome.failed[cell.place] = reason
+        elif finished:
+            outcome.finished.add(cell.place)
+        else:
+            waiting.append(cell)
+            continue
+        watch.on_end(cell, reason)
+    _drop_without_data(waiting, options, outcome, watch)
+    working: list[tuple[Cell, subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or working:
+            for cell in list(waiting):
+                if len(working) < options.jobs:
+                    _start(cell, waiting, working, options, outcome, watch)
+            for cell, process in list(working):
+                if process.poll() is not None:
+                    working.remove((cell, process))
+                    _end(cell, process.returncode, options, outcome, watch)
+            watch.on_tick()
+            time.sleep(TICK if waiting or working else 0.0)
+    finally:
+        for _, process in working:
+            process.send_signal(signal.SIGINT)
+        for _, process in working:
+            process.wait()
+    return outcome
+
+
+def _start(
+    cell: Cell,
+    waiting: list[Cell],
+    working: list[tuple[Cell, subprocess.Popen[bytes]]],
+    options: Options,
+    outcome: Outcome,
+    watch: Watch,
+) -> None:
+    """Starts `cell` if its turn has come: what it starts from is finished, and nobody else works on it."""
+    before = cell.before
+    if before is not None and before.place in outcome.failed:
+        waiting.remove(cell)
+        outcome.failed[cell.place] = f"it starts from {before.label}, which failed"
+        watch.on_end(cell, outcome.failed[cell.place])
+        return
+    if before is not None and before.place not in outcome.finished:
+        return
+    with _locked(options.folder / cell.place) as free:
+        if not free:
+            return
+    waiting.remove(cell)
+    if record_of(cell, options.folder) is not None:
+        outcome.finished.add(cell.place)
+        watch.on_end(cell, "")
+        return
+    working.append((cell, _process(cell, options)))
+    watch.on_start(cell)
+
+
+def _end(cell: Cell, status: int, options: Options, outcome: Outcome, watch: Watch) -> None:
+    reason = _reason(status, _log(cell, options)) if status else ""
+    if reason:
+        outcome.failed[cell.place] = reason
+    else:
+        outcome.finished.add(cell.place)
+    watch.on_end(cell, reason)
+
+
+def _reason(status: int, log: Path) -> str:
+    """Why a process failed: the signal that ended it, or else the last thing that it said."""
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return said[-1].removeprefix("error: ") if said else f"its process ended with status {status}"
+
+
+def _process(cell: Cell, options: Options) -> subprocess.Popen[bytes]:
+    told = {
+        "table": cell.run.table,
+        "row": cell.run.row,
+        "column": cell.run.column,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "folder": str(options.folder),
+        "data_root": None if options.data_root is None else str(options.data_root),
+        "recipes": str(options.recipes),
+    }
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    if options.device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    with _log(cell, options).open("wb") as log:
+        command = [sys.executable, "-m", "vardrop.tables", json.dumps(told)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _log(cell: Cell, options: Options) -> Path:
+    place = options.folder / cell.place
+    return place.with_name(f"{place.name}.log")
+
+
+def _drop_without_data(waiting: list[Cell], options: Options, outcome: Outcome, watch: Watch) -> None:
+    """Reads each data set once, which also fills its cache, and gives up the cells whose data is not there.
+
+    Raises:
+        DataError: that is all of them.
+    """
+    missing: dict[str, str] = {}
+    for spec in {cell.run.recipe["data"]: None for cell in waiting}:
+        try:
+            load_data(spec, data_root=options.data_root)
+        except VardropError as error:
+            missing[spec] = str(error)
+    if missing and not outcome.finished and all(cell.run.recipe["data"] in missing for cell in waiting):
+        raise DataError("; ".join(missing.values()))
+    for cell in list(waiting):
+        reason = missing.get(cell.run.recipe["data"])
+        if reason:
+            waiting.remove(cell)
+            outcome.failed[cell.place] = reason
+            watch.on_end(cell, reason)
+
+
+class _locked:
+    """Tries to lock a cell for a ``with`` block, which gets whether it succeeded."""
+
+    def __init__(self, place: Path) -> None:
+        try:
+            from filelock import FileLock
+        except ImportError as error:
+            raise MissingExtraError("the runner of tables", "cli") from error
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self.lock: FileLock = FileLock(place.with_name(f".{place.name}.lock"), blocking=False)
+
+    def __enter__(self) -> bool:
+        from filelock import Timeout
+
+        try:
+            self.lock.acquire()
+        except Timeout:
+            return False
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()

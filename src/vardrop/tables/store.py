@@ -1,0 +1,132 @@
+"""The records of finished cells: where they lie, and all that a folder holds of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from vardrop.errors import StorageError
+from vardrop.files import replace_file
+from vardrop.tables.recipes import Budget, Cell, Run
+
+CELL = "cell.json"
+TABLES = "tables"
+LARGEST = 50_000
+"""Bytes up to which a stored record keeps its history."""
+
+
+@dataclass
+class Found:
+    """Records by run, budget and seed."""
+
+    records: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def add(self, place: str, budget: str, seed: int, record: Mapping[str, Any]) -> None:
+        """Keeps the `record` of the run whose folder is `place`."""
+        self.records.setdefault((place, budget), {})[seed] = record
+
+    def of(self, run: Run, budget: str) -> dict[int, Mapping[str, Any]]:
+        """The records of `run` with this budget, by seed."""
+        return self.records.get((run.place, budget), {})
+
+    def budgets(self, runs: Sequence[Run]) -> list[str]:
+        """The budgets that any of the `runs` has records of: full, short, then others."""
+        places = {run.place for run in runs}
+        names = {budget for place, budget in self.records if place in places}
+        return sorted(names, key=lambda name: ({"full": 0, "short": 1}.get(name, 2), name))
+
+
+def record_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The record of `cell` below `folder`, if it is finished and holds all that the tables ask of it.
+
+    Raises:
+        StorageError: the record is damaged, or was made by another recipe.
+    """
+    path = folder / cell.place / CELL
+    if not path.exists():
+        return None
+    record = _read(path)
+    _check_recipe(cell, record, path.parent)
+    return record if all(need in record for need in cell.run.needs) else None
+
+
+def found_in(folder: Path, runs: Sequence[Run]) -> Found:
+    """All records of the `runs` below `folder`, where ``vardrop reproduce`` works.
+
+    Raises:
+        StorageError: a record is damaged, or was made by another recipe.
+    """
+    return _found(
+        folder, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)/" + re.escape(CELL)), f"*/{CELL}"
+    )
+
+
+def stored_in(folder: Path, runs: Sequence[Run]) -> Found:
+    """All records of the `runs` below `folder`, where :func:`keep` put them.
+
+    Raises:
+        StorageError: a record is damaged, or was made by another recipe.
+    """
+    return _found(folder / TABLES, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)\.json"), "*.json")
+
+
+def keep(cell: Cell, record: Mapping[str, Any], folder: Path) -> Path:
+    """Stores the `record` of a finished cell as a small file below `folder` and gives its path.
+
+    A history that makes it large is left out but for its last epoch; a start from another cell is named by its place.
+    """
+    kept = dict(record)
+    if len(json.dumps(kept)) > LARGEST:
+        kept["history"] = kept["history"][-1:]
+    before = cell.before
+    if before is not None:
+        kept["config"] = {**kept["config"], "pretrained": before.place}
+    path = folder / TABLES / f"{cell.place}.json"
+    replace_file(path, lambda aside: aside.write_text(json.dumps(kept, indent=1) + "\n"))
+    return path
+
+
+def _found(folder: Path, runs: Sequence[Run], name: re.Pattern[str], pattern: str) -> Found:
+    found = Found()
+    for place, run in sorted({run.place: run for run in runs}.items()):
+        for path in sorted((folder / place).glob(pattern)):
+            match = name.fullmatch(path.relative_to(folder / place).as_posix())
+            if match:
+                record = _read(path)
+                _check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
+                found.add(place, match["budget"], int(match["seed"]), record)
+    return found
+
+
+def _check_recipe(cell: Cell, record: Mapping[str, Any], where: Path) -> None:
+    """Raises unless the recipe still says what the `record` was made with; what either knows nothing of may differ."""
+    wanted = json.loads(json.dumps(cell.job(Path()).config))
+    differing = [
+        key
+        for key in wanted
+        if key != "pretrained" and key in record["config"] and not _agree(record["config"][key], wanted[key])
+    ]
+    if differing:
+        raise StorageError(
+            f"{where} was made by another recipe (it differs in {', '.join(differing)}): move it away, or choose "
+            "another folder"
+        )
+
+
+def _agree(stored: Any, wanted: Any) -> bool:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return all(_agree(stored[key], wanted[key]) for key in stored.keys() & wanted.keys())
+    return bool(stored == wanted)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        record["config"], record["pruned"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} is not a readable record of a cell ({error}): move it away") from error
+    return record

@@ -1,0 +1,229 @@
+"""The runner of tables on embedded data: each cell once, resumed where it was broken off, whatever else fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import vardrop
+
+from vardrop.errors import DataError, StorageError
+from vardrop.tables import Cell, load_tables, runner
+from vardrop.tables.runner import Options, Watch, cells_of, run_cell, run_cells
+from vardrop.tables.store import CELL
+
+RECIPE = """
+title = "Digits"
+source = "arXiv:1701.05369"
+where = "nowhere"
+columns = ["error", "compression", "units", "memory", "ensemble_accuracy", "elbo"]
+
+[recipe]
+net = "mlp-20"
+data = "digits"
+full = { epochs = 2, lr = 0.01, decay_from = 1, warmup_start = 0, warmup_epochs = 1 }
+
+[[rows]]
+name = "Plain"
+paper = { error = 2.5, compression = 1 }
+method = "bernoulli-dropout"
+fields = { rate = 0.0 }
+full = { epochs = 8, decay_from = 4 }
+
+[[rows]]
+name = "Pruning"
+paper = { error = 99.0, compression = 2 }
+method = "magnitude-pruning"
+after = "Plain"
+fields = { sparsity = 0.5, start = 1, every = 1, rounds = 1 }
+parts = { "1" = { sparsity = 0.75 } }
+
+[[rows]]
+name = "BB"
+method = "beta-bernoulli"
+after = "Plain"
+
+[[rows]]
+name = "DBB"
+method = "dependent-beta-bernoulli"
+after = "BB"
+from = "noisy"
+
+[[orderings]]
+better = "Pruning"
+than = ["Plain"]
+columns = ["compression"]
+"""
+
+
+def recipes(folder: Path, text: str = RECIPE) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "own.toml").write_text(text)
+    return folder
+
+
+def cell_of(folder: Path, row: str, seed: int = 0) -> Cell:
+    return Cell(load_tables(folder)["own"].rows[row].runs[""], "full", seed)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A table made by the command line, with what it printed."""
+    root = tmp_path_factory.mktemp("tables")
+    own = recipes(root / "own")
+    options = ["--recipes", own, "--out", root / "out", "--store", root / "results", "--jobs", 2, "--seeds", 1]
+    done = vardrop("reproduce", "own", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, options, done.stdout
+
+
+def record(root: Path, row: str) -> dict:
+    return json.loads((root / "out" / "own" / row / "full-seed-0" / CELL).read_text())
+
+
+def test_the_table_is_printed_written_and_stored(made):
+    root, _, printed = made
+    shown = " ".join(printed.split())
+    assert "Pruning is better than Plain in compression: holds (full)" in shown
+    assert "better" in shown and "within" in shown
+    text = (root / "out" / "own" / "table.md").read_text()
+    assert f"{100 * record(root, 'pruning')['pruned']['error']:.2f}, better" in text
+    assert "<table>" in (root / "out" / "own" / "table.html").read_text()
+    stored = json.loads((root / "results" / "tables" / "own" / "dbb" / "full-seed-0.json").read_text())
+    assert stored["config"]["pretrained"] == "own/bb/full-seed-0" and str(root) not in json.dumps(stored)
+    assert {"sizes", "ensemble", "history"} <= set(stored) and "times" not in stored
+
+
+def test_rows_start_from_those_they_name_and_parts_have_their_own_fields(made):
+    root, _, _ = made
+    plain, pruned = record(root, "plain"), record(root, "pruning")
+    assert plain["compacted"]["units"] == [64, 20, 20, 20] and plain["pruned"]["compression"] == 1.0
+    assert plain["num_data"] == 1437 and 0 < plain["pruned"]["train_error"] < 0.5
+    assert pruned["original"]["error"] == plain["pruned"]["error"]
+    alive = {name: pruned["pruned"]["alive"][name] / total for name, total in pruned["layers"].items()}
+    assert alive == {"1": 0.25, "3": 0.5, "5": 0.5, "7": 0.5}
+    assert pruned["config"]["parts"]["1"]["sparsity"] == 0.75
+
+
+def test_finished_cells_are_not_run_again_and_the_pages_stay_as_they_are(made, monkeypatch):
+    root, options, _ = made
+    before = (root / "out" / "own" / "table.md").read_text(), (root / "out" / "own" / "table.html").read_text()
+
+    def refuse(*_):
+        raise AssertionError("a finished cell was started")
+
+    monkeypatch.setattr(runner, "_process", refuse)
+    for seeds in (1, 0):
+        assert vardrop("reproduce", "own", *options[:-1], seeds).returncode == 0
+        after = (root / "out" / "own" / "table.md").read_text(), (root / "out" / "own" / "table.html").read_text()
+        assert after == before
+    listed = vardrop("reproduce", "--list", *options)
+    assert listed.returncode == 0 and "4 / 4" in listed.stdout and "Digits" in listed.stdout
+
+
+def test_the_list_and_what_is_refused(tmp_path):
+    listed = vardrop("reproduce", "--list", "--out", tmp_path)
+    assert listed.returncode == 0
+    for name in load_tables():
+        assert name in listed.stdout
+    for arguments, message in (
+        (["svd"], "table 'svd' is unknown; known are: ard-1-cifar10"),
+        (["svd-mnist-fc", "--row", "SVD"], "row 'SVD' is not in table svd-mnist-fc; it has: Original, Pruning, DNS"),
+        (["svd-mnist-fc", "--jobs", 0], "jobs=0: must be at least 1"),
+        (["svd-mnist-fc", "--seeds", -1], "seeds=-1: must be at least 0"),
+        (["vbd-3-svhn", "--data-root", tmp_path], f"there is no folder {tmp_path}/ufldl-stanford/svhn"),
+    ):
+        done = vardrop("reproduce", *arguments, "--out", tmp_path / "out")
+        assert done.returncode == 1 and message in done.stderr.replace("\n", ""), done.stderr
+        assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_killed_cell_goes_on_where_it_stood(tmp_path):
+    text = RECIPE.replace("full = { epochs = 8, decay_from = 4 }", "full = { epochs = 300, decay_from = 4 }")
+    own = recipes(tmp_path / "own", text)
+    cell = cell_of(own, "Plain")
+    told = {"table": "own", "row": "Plain", "column": "", "budget": "full", "seed": 0, "data_root": None}
+    told |= {"folder": str(tmp_path / "out"), "recipes": str(own)}
+    command = [sys.executable, "-m", "vardrop.tables", json.dumps(told)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    checkpoint = tmp_path / "out" / cell.place / "checkpoint.pt"
+    deadline = time.monotonic() + 90
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(StorageError, match="is being worked on by another process"):
+        run_cell(cell, Options(tmp_path / "out", recipes=own))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = runner.epochs_done(cell, tmp_path / "out")
+    assert 0 < kept < 300 and not (checkpoint.parent / CELL).exists()
+    before = [json.loads(line) for line in (checkpoint.parent / "history.jsonl").read_text().splitlines()]
+    run_cell(cell, Options(tmp_path / "out", recipes=own))
+    after = json.loads((checkpoint.parent / CELL).read_text())["history"]
+    assert after[:kept] == before and len(after) == 300, "no epoch of the checkpoint was run again"
+
+
+def test_a_cell_of_another_runner_is_left_to_it_and_taken_once_it_is_free(tmp_path):
+    own = recipes(tmp_path / "own")
+    options = Options(tmp_path / "out", recipes=own)
+    held = runner._locked(tmp_path / "out" / cell_of(own, "Plain").place)
+    assert held.__enter__()
+    seen = []
+
+    def on_tick():
+        seen.append("tick")
+        if seen.count("tick") == 3:
+            held.__exit__()
+
+    cells = cells_of([load_tables(own)["own"]], "full", 1, ["Plain"])
+    outcome = run_cells(cells, options, Watch(on_start=lambda cell: seen.append("start"), on_tick=on_tick))
+    assert seen.index("start") == 3 and outcome.finished == {"own/plain/full-seed-0"} and not outcome.failed
+
+
+def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):
+    text = RECIPE.replace('method = "beta-bernoulli"\n', 'method = "beta-bernoulli"\ninclude = ["99"]\n')
+    text = text.replace('method = "magnitude-pruning"', 'data = "some/where"\nmethod = "magnitude-pruning"')
+    own = recipes(tmp_path / "own", text)
+    cells = cells_of([load_tables(own)["own"]], "full", 1)
+    options = Options(tmp_path / "out", recipes=own, data_root=tmp_path, jobs=2)
+    outcome = run_cells(cells, options)
+    assert outcome.finished == {"own/plain/full-seed-0"}
+    reasons = {place.split("/")[1]: reason for place, reason in outcome.failed.items()}
+    assert "include='99' matches no layer" in reasons["bb"]
+    assert reasons["dbb"] == "it starts from own: BB, full, seed 0, which failed"
+    assert f"there is no folder {tmp_path}/some/where" in reasons["pruning"]
+    with pytest.raises(DataError, match="there is no folder"):
+        run_cells([cell for cell in cells if cell.run.row == "Pruning"], Options(tmp_path / "b", data_root=tmp_path))
+
+
+def test_a_failure_is_told_by_the_signal_or_the_last_thing_said(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a warning\nerror: no such thing\n\n")
+    assert runner._reason(1, log) == "no such thing"
+    assert runner._reason(-signal.SIGKILL, log) == "its process was ended by SIGKILL"
+    log.write_text("")
+    assert runner._reason(3, log) == "its process ended with status 3"
+
+
+def test_ctrl_c_stops_the_cells_at_work_and_frees_them(tmp_path, monkeypatch):
+    own = recipes(tmp_path / "own")
+    started = []
+    usual = runner._process
+
+    def process(cell, options):
+        started.append(usual(cell, options))
+        return started[-1]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_process", process)
+    cells = cells_of([load_tables(own)["own"]], "full", 1, ["Plain"])
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(cells, Options(tmp_path / "out", recipes=own), Watch(on_tick=interrupt))
+    assert len(started) == 1 and started[0].poll() not in (None, 0)
+    with runner._locked(tmp_path / "out" / cells[0].place) as free:
+        assert free
