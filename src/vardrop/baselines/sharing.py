@@ -22,8 +22,9 @@ ZERO_PRECISION, FREE_PRECISION = (5000.0, 2.0), (250.0, 0.1)
 class SoftWeightSharing(Method):
     """Soft weight-sharing: weights gather around the means of a Gaussian mixture; those around its zero die. No noise.
 
-    For trained nets. The mixture is learned together with the weights; the paper has one for the whole net, here each
-    layer has its own. The price is ``tau`` times the negative log-density of the weights and of the precisions
+    For trained nets and long runs: after few epochs the weights have not gathered, and the step to the means costs
+    accuracy. The mixture is learned together with the weights; the paper has one for the whole net, here each layer
+    has its own. The price is ``tau`` times the negative log-density of the weights and of the precisions
     under their Gamma hyper-priors. A weight lives where the likeliest of the free components beats the one at zero;
     in a pruned net it is the mean of that component. A threshold given to :func:`vardrop.prune` is in nats of their
     log-odds.
