@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from render import found
 
+from render import found
 from vardrop.files import replace_file
 from vardrop.tables import load_tables
 from vardrop.tables.figures import FIGURES
