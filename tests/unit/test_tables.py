@@ -156,7 +156,9 @@ def test_unknown_tables_rows_and_methods_name_those_that_there_are(tmp_path):
     with pytest.raises(InvalidValueError, match="row 'SVD' is not in table svd-mnist-fc; it has: Original, Pruning"):
         cells_of([TABLES["svd-mnist-fc"]], "full", 1, ["SVD"])
     table = tables_in(tmp_path / "a", **{'method = "ard"': 'method = "magic"'})
-    with pytest.raises(InvalidValueError, match="the method of a recipe: 'magic' is unknown; known are: adversarial-dropout, ard"):
+    with pytest.raises(
+        InvalidValueError, match="the method of a recipe: 'magic' is unknown; known are: adversarial-dropout, ard"
+    ):
         Cell(table.rows["A"].runs[""], "full", 0).job(tmp_path)
     table = tables_in(tmp_path / "b", **{'method = "ard"': 'method = "ard"\nfields = { strength = 1 }'})
     with pytest.raises(InvalidValueError, match="a field of method ard: 'strength' is unknown; known are: init"):
