@@ -73,8 +73,9 @@ def tables_in(folder: Path, text: str = RECIPE, **changed: str):
     return load_tables(folder)["own"]
 
 
-def record(error: float, compression: float) -> dict:
-    return {"config": {"schedule": {"epochs": 7}}, "pruned": {"error": error / 100, "compression": compression}}
+def record(error: float, compression: float, net: str = "mlp-20") -> dict:
+    config = {"net": net, "schedule": {"epochs": 7}}
+    return {"config": config, "pruned": {"error": error / 100, "compression": compression}}
 
 
 def found_of(table, **figures: list[tuple[float, float]]) -> Found:
@@ -222,6 +223,15 @@ def test_lines_hold_the_papers_figures_ours_and_the_reasons_and_nothing_made_up(
     assert lines[1].cells == ("2.50 ± 0.71, within", "10 ± 3, within")
     assert lines[3].origin == "full, 7 epochs, seed 0"
     assert lines[3].cells == ("4.00, short by 0.50", "30, better") and lines[3].remark == "no reason"
+
+
+def test_a_budget_may_have_a_net_of_its_own_which_is_said(tmp_path):
+    table = tables_in(tmp_path, **{"std = { error = 0.5 }": 'short = { net = "mlp-5", epochs = 1, decay_from = 0 }'})
+    run = table.rows["A"].runs[""]
+    assert [Cell(run, budget, 0).job(tmp_path).net for budget in ("full", "short")] == ["mlp-20", "mlp-5"]
+    found = Found()
+    found.add(run.place, "short", 0, record(2.0, 8.0, "mlp-5"))
+    assert lines_of(table, found)[1].origin == "short, 7 epochs, mlp-5, seed 0"
 
 
 def test_claims_hold_fail_or_are_not_run(tmp_path):

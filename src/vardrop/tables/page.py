@@ -129,11 +129,12 @@ def _ours(table: Table, row: Row, found: Found) -> list[Line]:
 
 
 def _origin(row: Row, budget: str, found: Found) -> str:
-    """Budget, epochs and seeds of our figures."""
+    """Budget, epochs and seeds of our figures, and the net where it is not that of the table."""
     records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
     epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
     told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
-    return f"{told}, {_seeds({seed for seed, _ in records})}"
+    nets = {record["config"]["net"] for _, record in records} - {run.recipe["net"] for run in row.runs.values()}
+    return ", ".join([told, *sorted(nets), _seeds({seed for seed, _ in records})])
 
 
 def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> Joined | None:

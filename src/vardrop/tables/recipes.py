@@ -45,7 +45,7 @@ class Run:
         table: id of the table that it belongs to.
         row: name of its row.
         column: the column that it fills, or "" for all.
-        recipe: net, data, method, its fields, and a schedule for each budget.
+        recipe: net, data, method, its fields, and a schedule for each budget, which may name another net.
         needs: what else must be measured for any table that shows it.
         before: the run whose net it starts from.
     """
@@ -103,7 +103,7 @@ class Cell:
         parts = {pattern: dataclasses.replace(method, **values) for pattern, values in recipe.get("parts", {}).items()}
         before = self.before
         return Job(
-            net=recipe["net"],
+            net=budget.pop("net", recipe["net"]),
             data=recipe["data"],
             method=method,
             parts=tuple(parts.items()),
@@ -321,7 +321,7 @@ def _recipe(name: str, common: Mapping[str, Any], row: Mapping[str, Any]) -> dic
     for budget in get_args(Budget):
         recipe[budget] = {**common.get(budget, {}), **row.get(budget, {})}
         for key in recipe[budget]:
-            _known(f"{budget} of row {row['name']!r} of table {name}", key, SCHEDULE | {"pretrain", "fields"})
+            _known(f"{budget} of row {row['name']!r} of table {name}", key, SCHEDULE | {"net", "pretrain", "fields"})
     for key in row:
         _known(f"row {row['name']!r} of table {name}", key, RECIPE | {"name", "paper", "std", "reason"})
     if recipe.get("from", SMALL) not in (SMALL, NOISY):
