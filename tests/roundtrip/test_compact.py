@@ -54,6 +54,8 @@ def test_the_masked_model_and_the_compact_one_agree(method):
         left = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
         first = gates["0.gate"] | (left > 0)  # what batch norm leaves of a dead channel, no transposed layer can take
         expected = [int(first.sum()), int(gates["3.gate"].sum()), int(gates["8.gate"].sum()), 3]
+    elif method.by_ensemble:  # in its quiet pass all is constant
+        expected = [1, 1, 1, 3]
     else:
         expected = [4, 5, 6, 3]
     assert [small[place].weight.shape[place == 3] for place in (0, 3, 6, 8)] == expected
