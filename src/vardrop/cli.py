@@ -247,7 +247,7 @@ def evaluate(
     """Evaluate a run again on its test data: small net, pruned net, one draw, and ensemble over the noise.
 
     Keeps the figures in RUN/evaluation.json and reliability diagrams in RUN/evaluation.png; with --ood also how well
-    uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood kmnist
+    uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood OTHER/DATA
     """
     from vardrop.evaluate import EVALUATION, PICTURE
     from vardrop.evaluate import evaluate as again

@@ -183,6 +183,21 @@ def test_a_cell_of_another_runner_is_left_to_it_and_taken_once_it_is_free(tmp_pa
     assert seen.index("start") == 3 and outcome.finished == {"own/plain/full-seed-0"} and not outcome.failed
 
 
+def test_a_cell_that_another_runner_took_at_the_same_moment_is_waited_for(tmp_path, monkeypatch):
+    own = recipes(tmp_path / "own")
+    statuses = [runner.BUSY, 0]
+
+    def process(cell, options):
+        return subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({statuses.pop(0)})"])
+
+    monkeypatch.setattr(runner, "_process", process)
+    cells = cells_of([load_tables(own)["own"]], "full", 1, ["Plain"])
+    outcome = run_cells(cells, Options(tmp_path / "out", recipes=own))
+    assert outcome.finished == {cells[0].place} and not outcome.failed and not statuses
+    with runner._locked(tmp_path / "out" / cells[0].place), pytest.raises(runner.BusyError):
+        run_cell(cells[0], Options(tmp_path / "out", recipes=own))
+
+
 def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):
     text = RECIPE.replace('method = "beta-bernoulli"\n', 'method = "beta-bernoulli"\ninclude = ["99"]\n')
     text = text.replace('method = "magnitude-pruning"', 'data = "some/where"\nmethod = "magnitude-pruning"')

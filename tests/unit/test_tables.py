@@ -323,6 +323,10 @@ def test_a_record_of_another_recipe_or_a_damaged_one_is_refused_and_one_that_lac
     del config["fast"], config["schedule"]["clip_norm"]
     path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
     assert record_of(cell, tmp_path / "out") is not None, "a field that came later may be missing"
+    for key, other in (("parts", {"0": config["method"]}), ("pretrained", "another/net")):
+        path.write_text(json.dumps({**record(2.0, 8.0), "config": {**config, key: other}}))
+        with pytest.raises(StorageError, match=r"it differs in (parts|the net that it starts from)"):
+            record_of(cell, tmp_path / "out")
     config["schedule"]["epochs"] += 1
     path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
     with pytest.raises(StorageError, match=r"made by another recipe \(it differs in schedule\)"):

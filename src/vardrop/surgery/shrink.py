@@ -39,9 +39,9 @@ def shrink(
     goes does not, and neither does what it paid: the KL falls by its share. In eval mode the pruned model gives the
     same outputs before and after; what dead units still added in a noisy pass is gone.
 
-    Parameters that lose units are new, smaller ones, in the groups of the optimiser where the old ones were; its state
-    for them, and gradients, are cut to match. Layers without a bias get none: a constant in front of them stays. The
-    net must run through the same layers in training as in eval mode.
+    Parameters that lose units are new, smaller ones without hooks, in the groups of the optimiser where the old ones
+    were; its state for them, and gradients, are cut to match. Layers without a bias get none: a constant in front of
+    them stays. The net must run through the same layers in training as in eval mode.
 
     Nothing is cut while marks or rules leave a layer without a living weight or unit; the notes of the plan then say
     so. A weight that is exactly zero counts as dead, marked or not.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vardrop.errors import VardropError
 from vardrop.tables.recipes import Cell, load_tables
-from vardrop.tables.runner import Options, run_cell
+from vardrop.tables.runner import BUSY, BusyError, Options, run_cell
 
 
 def main(text: str) -> None:
@@ -21,7 +21,7 @@ def main(text: str) -> None:
         run_cell(Cell(run, told["budget"], told["seed"]), Options(Path(told["folder"]), data_root, recipes=recipes))
     except VardropError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(BUSY if isinstance(error, BusyError) else 1)
 
 
 if __name__ == "__main__":

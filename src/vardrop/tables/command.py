@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
+from vardrop.errors import StorageError
 from vardrop.files import replace_file
 from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, find_tables
@@ -26,7 +28,7 @@ def reproduce(
     rows: Sequence[str] = (),
     store: Path | None = None,
 ) -> dict[str, str]:
-    """Runs the cells that are missing and shows the tables; gives the cells that failed, each with the reason.
+    """Runs the cells that are missing and shows the tables; gives what failed, cells and tables, with the reasons.
 
     Writes ``TABLE/table.md`` and ``TABLE/table.html`` into the folder of all tables.
 
@@ -51,7 +53,12 @@ def reproduce(
         if store is not None and cell.place in outcome.finished:
             keep(cell, record_of(cell, options.folder) or {}, store)
     for table in tables:
-        found = found_in(options.folder, list(table.runs()))
+        try:
+            found = found_in(options.folder, list(table.runs()))
+        except StorageError as error:
+            outcome.failed[table.id] = str(error)
+            console.print(f"{table.id}: [yellow]{escape(str(error))}[/yellow]", soft_wrap=True)
+            continue
         for part in beside(table, found):
             console.print(part)
         where = options.folder / table.id

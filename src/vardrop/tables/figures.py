@@ -85,7 +85,7 @@ def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) ->
     """``within``, ``better`` or ``short by``: ours against the paper's.
 
     Within is a difference of at most the standard deviations of both, joined (what a single seed, or a paper without
-    them, does not have counts as zero), or of what the paper's rounding leaves open.
+    them, does not have counts as zero), or of half the last decimal shown.
 
     >>> from vardrop.tables.figures import FIGURES, Joined, mark
     >>> error = FIGURES["error"]

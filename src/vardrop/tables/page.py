@@ -15,8 +15,8 @@ HOLDS, FAILS, NOT_RUN = "holds", "does not hold here", "not run"
 LEGEND = (
     "Ours is the mean over the seeds, or the median where the table says so, with the standard deviation where there "
     "are several; a list is layer by layer. *within*: it differs from the paper's figure by no more than both standard "
-    "deviations joined (one seed has none, nor has a paper that prints none), or than the paper's rounding leaves "
-    "open. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
+    "deviations joined (one seed has none, nor has a paper that prints none), or than half of the last decimal "
+    "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
     "sums. An em-dash: no figure."
 )
 STYLE = """

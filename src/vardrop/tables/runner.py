@@ -32,6 +32,9 @@ Device = Literal["auto", "cpu", "cuda"]
 TICK = 0.2
 """Seconds between looks at the processes."""
 
+BUSY = 75
+"""Exit status of a process that found its cell in the hands of another runner."""
+
 REPEATS = 50
 DRAWS = 20
 
@@ -120,12 +123,12 @@ def run_cell(cell: Cell, options: Options) -> None:
     """Trains one cell in this process, or goes on where it was broken off; a finished one is left alone.
 
     Raises:
-        StorageError: another process works on it.
+        BusyError: another process works on it.
     """
     place = options.folder / cell.place
     with _locked(place) as held:
         if not held:
-            raise StorageError(f"{place} is being worked on by another process")
+            raise BusyError(f"{place} is being worked on by another process")
         if record_of(cell, options.folder) is not None:
             return
         if not (place / RUN).exists():
@@ -194,6 +197,9 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
             for cell, process in list(working):
                 if process.poll() is not None:
                     working.remove((cell, process))
+                    if process.returncode == BUSY:
+                        waiting.append(cell)
+                        continue
                     _end(cell, process.returncode, options, outcome, watch)
             watch.on_tick()
             time.sleep(TICK if waiting or working else 0.0)
@@ -296,6 +302,10 @@ def _drop_without_data(waiting: list[Cell], options: Options, outcome: Outcome, 
             waiting.remove(cell)
             outcome.failed[cell.place] = reason
             watch.on_end(cell, reason)
+
+
+class BusyError(StorageError):
+    """A cell is being worked on by another process."""
 
 
 class _locked:

@@ -61,6 +61,8 @@ def watching(console: Console, cells: Sequence[Cell], folder: Path) -> Iterator[
         shown: dict[str, tuple[Cell, TaskID]] = {}
 
         def on_start(cell: Cell) -> None:
+            if cell.place in shown:
+                return
             epochs = cell.run.recipe[cell.budget].get("epochs", 0)
             shown[cell.place] = cell, progress.add_task(escape(cell.label), total=epochs, unit="epochs")
 

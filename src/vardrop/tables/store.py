@@ -108,8 +108,15 @@ def _check_recipe(cell: Cell, record: Mapping[str, Any], where: Path) -> None:
     differing = [
         key
         for key in wanted
-        if key != "pretrained" and key in record["config"] and not _agree(record["config"][key], wanted[key])
+        if key not in ("parts", "pretrained")
+        and key in record["config"]
+        and not _agree(record["config"][key], wanted[key])
     ]
+    stored = record["config"]
+    if stored.get("parts", {}) != wanted.get("parts", {}):
+        differing.append("parts")
+    if (stored.get("pretrained") is None) != (wanted["pretrained"] is None):
+        differing.append("the net that it starts from")
     if differing:
         raise StorageError(
             f"{where} was made by another recipe (it differs in {', '.join(differing)}): move it away, or choose "

@@ -106,6 +106,7 @@ def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | No
     >>> load_inputs("digits", input_shape=(1, 8, 8)).shape
     torch.Size([360, 1, 8, 8])
     """
+    spec = spec.removesuffix(RANDOM_LABELS)
     if spec == "digits" or is_own(spec):
         x = load_data(spec).test.x
     else:
