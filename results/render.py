@@ -46,7 +46,8 @@ def page() -> str:
     return (
         "# Stored runs\n\nOne JSON for each run, as `vardrop compress` writes it: configuration, seed, versions, "
         "commit, history by epoch, figures after pruning and after compaction. Add `--data-root FOLDER` for a local "
-        "copy of the data. This page is made by `python results/render.py --write`.\n\n"
+        "copy of the data. `tables/` holds the cells of [the papers' tables](../docs/tables.md), each made again by "
+        "`vardrop reproduce`. This page is made by `python results/render.py --write`.\n\n"
         f"{table()}\n## The commands\n\n" + "\n".join(commands) + "\n"
     )
 
