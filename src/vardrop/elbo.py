@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vardrop import warmup as schedules
 from vardrop.errors import InvalidValueError
 from vardrop.noise import AdversarialNoise
-from vardrop.sites import sites
+from vardrop.sites import Site, sites
 
 
 def kl(model: nn.Module) -> Tensor:
@@ -24,7 +24,11 @@ def kl(model: nn.Module) -> Tensor:
     >>> vd.kl(net).requires_grad
     True
     """
-    parts = [site.method.kl(site.noise, site.weight) for site in sites(model)]
+    return _kl(model, list(sites(model)))
+
+
+def _kl(model: nn.Module, found: list[Site]) -> Tensor:
+    parts = [site.method.kl(site.noise, site.weight) for site in found]
     first = next(model.parameters(), torch.zeros(()))
     return sum(parts[1:], parts[0]) if parts else torch.zeros((), device=first.device)
 
@@ -80,11 +84,12 @@ class ELBO:
 
         Methods that need a second pass take a function that runs the model and gives it; the others take either.
         """
-        nll, extra = _nll_and_extra(model, nll)
-        if model.training and torch.is_grad_enabled():
-            for site in sites(model):
-                site.method.step(site.noise, site.weight, max(self.epoch, 0))
-        total = kl(model)
+        found = list(sites(model))
+        learning = found if model.training and torch.is_grad_enabled() else []
+        nll, extra = _nll_and_extra(learning, nll)
+        for site in learning:
+            site.method.step(site.noise, site.weight, max(self.epoch, 0))
+        total = _kl(model, found)
         self.nll, self.kl = nll.detach(), total.detach()
         return nll + extra + total * (self.beta / self.num_data)
 
@@ -97,10 +102,10 @@ class ELBO:
         self.epoch = int(state["epoch"])
 
 
-def _nll_and_extra(model: nn.Module, nll: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Tensor | float]:
-    """The mean negative log-likelihood, and what a second pass with adversarial masks adds to the loss."""
-    found = [site.noise for site in sites(model) if isinstance(site.noise, AdversarialNoise)]
-    if not (found and model.training and torch.is_grad_enabled()):
+def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Tensor | float]:
+    """The mean negative log-likelihood, and what a second pass adds to it if noise among `learning` is adversarial."""
+    found = [site.noise for site in learning if isinstance(site.noise, AdversarialNoise)]
+    if not found:
         return _scalar(nll() if callable(nll) else nll), 0.0
     if not callable(nll):
         raise InvalidValueError(
