@@ -1,17 +1,11 @@
 """The loop of a net that shrinks: exact resume, also after kill -9, and figures against the net as it was."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from test_train import kill_in_the_middle_of_an_epoch, without_time
 from test_train import run as run_schedule
-from test_train import without_time
 from torch import nn
 
 import vardrop as vd
@@ -69,24 +63,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, stop_after, com
 def test_kill_minus_nine_after_a_cut_costs_only_that_epoch(tmp_path):
     unbroken = fresh()
     run(tmp_path / "whole", unbroken)
-    script = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_shrink_training as t
-        from pathlib import Path
-        seen = []
-        def evaluate(model):
-            seen.append(1)
-            if len(seen) == 4:
-                print(model[0].out_features, flush=True)
-                time.sleep(60)
-            return None, 0.5
-        t.run(Path({str(tmp_path / "parts")!r}), t.fresh(), evaluate=evaluate)
-    """)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert int(process.stdout.readline()) < 16
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert kill_in_the_middle_of_an_epoch("test_shrink_training", tmp_path / "parts", 4) < 16
     parts = fresh()
     run(tmp_path / "parts", parts)
     assert_same_state(unbroken, parts)

@@ -56,6 +56,29 @@ def run(folder: Path, net: nn.Module, *, identity="a", stop_after=None, evaluate
     )
 
 
+def kill_in_the_middle_of_an_epoch(module: str, folder: Path, epoch: int) -> int:
+    """Runs what `module` calls run in a process, killed as it evaluates this epoch; the first layer's width then."""
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import {module} as t
+        from pathlib import Path
+        seen = []
+        def evaluate(model):
+            seen.append(1)
+            if len(seen) == {epoch}:
+                print(model[0].out_features, flush=True)
+                time.sleep(60)
+            return None, 0.5
+        t.run(Path({str(folder)!r}), t.fresh(), evaluate=evaluate)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    width = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return width
+
+
 def without_time(history):
     return [{key: value for key, value in vars(epoch).items() if key != "seconds"} for epoch in history]
 
@@ -86,24 +109,7 @@ def test_a_finished_run_trains_no_further(tmp_path):
 def test_kill_minus_nine_in_the_middle_of_an_epoch_costs_only_that_epoch(tmp_path):
     unbroken = fresh()
     run(tmp_path / "whole", unbroken)
-    script = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_train as t
-        from pathlib import Path
-        seen = []
-        def evaluate(model):
-            seen.append(1)
-            if len(seen) == 3:
-                print("third", flush=True)
-                time.sleep(60)
-            return None, 0.5
-        t.run(Path({str(tmp_path / "parts")!r}), t.fresh(), evaluate=evaluate)
-    """)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == "third"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert kill_in_the_middle_of_an_epoch("test_train", tmp_path / "parts", 3) == 8
     parts = fresh()
     run(tmp_path / "parts", parts)
     for name, value in unbroken.state_dict().items():
