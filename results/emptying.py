@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vardrop as vd
+from vardrop.checkpoint import Epoch
 from vardrop.compress import error_and_nll
 from vardrop.files import replace_file
-from vardrop.train import Epoch, Schedule, train
+from vardrop.train import Schedule, train
 from vardrop.zoo import Batches, build_net, load_data
 
 PATCH = 100

@@ -217,6 +217,12 @@ def reproduce(
         "tables"
     ),
     store: Annotated[Path | None, typer.Option(help="Folder that gets a small record of each finished run")] = None,
+    together: Annotated[
+        bool | None,
+        typer.Option(
+            "--together/--apart", help="Train the seeds of a row in one batched run; default: where there is a GPU"
+        ),
+    ] = None,
     own: Annotated[Path | None, typer.Option("--recipes", help="Folder with tables of your own, as TOML files")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the tables, and how much of each is done")] = False,
 ) -> None:
@@ -230,7 +236,7 @@ def reproduce(
     if list_ or not tables:
         console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds))
         return
-    options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder)
+    options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder, together=together)
     if command.reproduce(tables, options, console, budget=budget, seeds=seeds, rows=row or (), store=store):
         raise typer.Exit(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vardrop.checkpoint import Epoch
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
@@ -27,7 +28,8 @@ from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
 from vardrop.surgery.prune import Pruned, count_alive, prune
 from vardrop.surgery.shrink import why_whole
-from vardrop.train import Epoch, Schedule, train
+from vardrop.together import Member, train_together
+from vardrop.train import Schedule, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
 RUN = "run.json"
@@ -35,6 +37,7 @@ CONFIG = "config.json"
 ORIGINAL = "original"
 SMALL = "small"
 NOISY = "noisy"
+PRETRAIN = "pretrain"
 RUN_FORMAT = 1
 PACKAGES = ("vardrop", "torch", "numpy", "accelerate", "safetensors", "datasets")
 EVALUATION_BATCH = 1000
@@ -124,8 +127,80 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         DataError: the data does not fit the net, or cannot be trained on.
     """
     listeners = listeners or Listeners()
+    work = _begin(job, folder)
+    if job.pretrain:
+        listeners.on_stage("plain", job.pretrain)
+        _train(work, work.plain, folder / PRETRAIN, listeners)
+    whole = _convert(work)
+    steps = job.schedule.epochs * -(-len(work.fit.y) // job.schedule.batch_size)
+    if job.fast and any(site.counts == "weights" for site in sites(work.net)):
+        fast(work.net, compiled=steps >= WORTH_COMPILING)
+        if steps >= WORTH_COMPILING:
+            work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])
+    listeners.on_stage(job.method.command_name(), job.schedule.epochs)
+    return _finish(work, whole, _train(work, job.schedule, folder, listeners))
+
+
+def compress_together(jobs: Mapping[Path, Job], *, listeners: Listeners | None = None) -> list[dict[str, Any]]:
+    """Does several `jobs`, by folder, that differ in their seed alone, all training steps in one batched pass.
+
+    The outcome has the law of :func:`compress` job by job, and each ``run.json`` says how many trained together; see
+    :func:`vardrop.together.train_together`. On a GPU this takes little longer than a single job.
+
+    Raises:
+        ApartError: the jobs cannot train together; says why.
+        StorageError: a folder holds something else.
+        DataError: the data does not fit the net, or cannot be trained on.
+    """
+    listeners = listeners or Listeners()
+    works = [_begin(job, folder) for folder, job in jobs.items()]
+    job = works[0].job
+    if job.pretrain:
+        listeners.on_stage("plain", job.pretrain)
+        _train_together(works, [work.plain for work in works], PRETRAIN, listeners)
+    wholes = []
+    for work in works:
+        torch.set_rng_state(work.random)
+        wholes.append(_convert(work))
+        work.facts["together"] = len(works)
+    listeners.on_stage(job.method.command_name(), job.schedule.epochs)
+    histories = _train_together(works, [work.job.schedule for work in works], "", listeners)
+    return [_finish(*done) for done in zip(works, wholes, histories, strict=True)]
+
+
+@dataclass
+class _Work:
+    """A job under way: its net and data, and what its record will say besides figures."""
+
+    job: Job
+    folder: Path
+    net: nn.Module
+    data: Data
+    fit: Split
+    valid: Split | None
+    random: Tensor
+    facts: dict[str, Any]
+
+    @property
+    def plain(self) -> Schedule:
+        """That of the training before the conversion."""
+        job = self.job
+        return replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2, shrink_every=None)
+
+    @property
+    def identity(self) -> str:
+        return json.dumps(self.job.config, sort_keys=True)
+
+    def evaluate(self, model: nn.Module) -> tuple[float | None, float | None]:
+        """Error on the examples set apart, where there are some, and on the test data."""
+        valid_error = None if self.valid is None else error_and_nll(model, self.valid)[0]
+        return valid_error, error_and_nll(model, self.data.test)[0]
+
+
+def _begin(job: Job, folder: Path) -> _Work:
+    """The net before its training, and the data."""
     _check_folder(folder, job)
-    code = _commit()
+    facts = {"commit": _commit(), "original": None, "compile_seconds": 0.0}
     data = load_data(job.data, data_root=job.data_root)
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
@@ -139,50 +214,28 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
-    if job.pretrain:
-        listeners.on_stage("plain", job.pretrain)
-        plain = replace(job.schedule, epochs=job.pretrain, decay_from=job.pretrain // 2, shrink_every=None)
-        _train(net, fit, valid, data.test, plain, folder / "pretrain", job, listeners)
-        net.cpu()
-    plain_start = job.pretrain or (job.pretrained is not None and next(sites(net), None) is None)
-    original = _describe(net, data, folder / ORIGINAL) if plain_start else None
+    return _Work(job, folder, net, data, fit, valid, torch.get_rng_state(), facts)
+
+
+def _convert(work: _Work) -> Pruned:
+    """Keeps the plain net, where it has learned something, puts the noise in, and counts all that may live."""
+    job, net = work.job, work.net.cpu()
+    if job.pretrain or (job.pretrained is not None and next(sites(net), None) is None):
+        work.facts["original"] = _describe(net, work.data, work.folder / ORIGINAL)
     convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
-    whole = count_alive(net)
-    compiling = _speed_up(net, job, fit)
-    listeners.on_stage(job.method.command_name(), job.schedule.epochs)
-    history = _train(net, fit, valid, data.test, job.schedule, folder, job, listeners)
-    facts = {"commit": code, "original": original, "compile_seconds": compiling}
-    return _finish(job, folder, net, whole, data, fit, valid, history, facts)
+    return count_alive(net)
 
 
-def _speed_up(net: nn.Module, job: Job, fit: Split) -> float:
-    """Puts `net` on the fast path if the job says so; seconds of compilation."""
-    if not job.fast or all(site.counts == "units" for site in sites(net)):
-        return 0.0
-    steps = job.schedule.epochs * -(-len(fit.y) // job.schedule.batch_size)
-    fast(net, compiled=steps >= WORTH_COMPILING)
-    return compile_seconds(net, fit.x[: job.schedule.batch_size]) if steps >= WORTH_COMPILING else 0.0
-
-
-def _finish(
-    job: Job,
-    folder: Path,
-    net: nn.Module,
-    whole: Pruned,
-    data: Data,
-    fit: Split,
-    valid: Split | None,
-    history: list[Epoch],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
+def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
+    job, folder, net, data = work.job, work.folder, work.net, work.data
     net.eval()
     trained = _figures(net, data.test)
     net.cpu()
     counted = prune(net, on_empty=job.on_empty).against(whole)
-    valid_error = None if valid is None else error_and_nll(net, valid)[0]
+    valid_error = None if work.valid is None else error_and_nll(net, work.valid)[0]
     pruned = {
         **_figures(net, data.test),
-        "train_error": error_and_nll(net, fit)[0],
+        "train_error": error_and_nll(net, work.fit)[0],
         "valid_error": valid_error,
         **_counts(counted),
     }
@@ -201,9 +254,9 @@ def _finish(
         "seed": job.schedule.seed,
         "versions": _versions(),
         "machine": _machine(),
-        "num_data": fit.y.numel(),
+        "num_data": work.fit.y.numel(),
         "layers": {name: count.total for name, count in counted.layers.items()},
-        **facts,
+        **work.facts,
         "trained": trained,
         "pruned": pruned,
         "compacted": compacted,
@@ -231,30 +284,36 @@ def _check_folder(folder: Path, job: Job) -> None:
         raise StorageError(f"{folder} is not empty and holds no run: choose an empty or a new folder")
 
 
-def _train(
-    net: nn.Module,
-    fit: Split,
-    valid: Split | None,
-    test: Split,
-    schedule: Schedule,
-    folder: Path,
-    job: Job,
-    listeners: Listeners,
-) -> list[Epoch]:
-    def evaluate(model: nn.Module) -> tuple[float | None, float | None]:
-        return (None if valid is None else error_and_nll(model, valid)[0]), error_and_nll(model, test)[0]
-
+def _train(work: _Work, schedule: Schedule, folder: Path, listeners: Listeners) -> list[Epoch]:
     return train(
-        net,
-        Batches(fit, schedule.batch_size, seed=schedule.seed),
+        work.net,
+        Batches(work.fit, schedule.batch_size, seed=schedule.seed),
         schedule,
         folder,
-        num_data=fit.y.numel(),
-        evaluate=evaluate,
-        identity=json.dumps(job.config, sort_keys=True),
+        num_data=work.fit.y.numel(),
+        evaluate=work.evaluate,
+        identity=work.identity,
         on_step=listeners.on_step,
         on_epoch=listeners.on_epoch,
     )
+
+
+def _train_together(
+    works: Sequence[_Work], schedules: Sequence[Schedule], folder: str, listeners: Listeners
+) -> list[list[Epoch]]:
+    members = [
+        Member(
+            work.net,
+            Batches(work.fit, schedule.batch_size, seed=schedule.seed),
+            schedule,
+            work.folder / folder,
+            work.identity,
+            work.evaluate,
+        )
+        for work, schedule in zip(works, schedules, strict=True)
+    ]
+    num_data = works[0].fit.y.numel()
+    return train_together(members, num_data=num_data, on_epoch=lambda _, epoch: listeners.on_epoch(epoch))
 
 
 @torch.no_grad()

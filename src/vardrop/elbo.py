@@ -24,10 +24,11 @@ def kl(model: nn.Module) -> Tensor:
     >>> vd.kl(net).requires_grad
     True
     """
-    return _kl(model, list(sites(model)))
+    return kl_at(model, list(sites(model)))
 
 
-def _kl(model: nn.Module, found: list[Site]) -> Tensor:
+def kl_at(model: nn.Module, found: list[Site]) -> Tensor:
+    """:func:`kl` where the sites of `model` are known already."""
     parts = [site.method.kl(site.noise, site.weight) for site in found]
     first = next(model.parameters(), torch.zeros(()))
     return sum(parts[1:], parts[0]) if parts else torch.zeros((), device=first.device)
@@ -89,7 +90,7 @@ class ELBO:
         nll, extra = _nll_and_extra(learning, nll)
         for site in learning:
             site.method.step(site.noise, site.weight, max(self.epoch, 0))
-        total = _kl(model, found)
+        total = kl_at(model, found)
         self.nll, self.kl = nll.detach(), total.detach()
         return nll + extra + total * (self.beta / self.num_data)
 

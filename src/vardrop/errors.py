@@ -14,6 +14,10 @@ class InvalidValueError(VardropError, ValueError):
     """An argument lies outside its allowed range or form."""
 
 
+class ApartError(InvalidValueError):
+    """Runs that were to train in one batched pass must train one by one."""
+
+
 class UnsupportedLayerError(VardropError, TypeError):
     """A layer was named for conversion that no site class covers."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from vardrop.errors import InvalidValueError
 from vardrop.lrt import at_least_float32
 from vardrop.noise import Noise
-from vardrop.sites import Site, sites
+from vardrop.sites import Site, batched, sites
 
 LARGEST_PASS = 2**22
 """Elements of the largest tensor up to which drawing several samples in one pass is worth its memory."""
@@ -164,17 +163,10 @@ def _draws_whole_weight(site: Site) -> bool:
 
 def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
     """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model."""
-    paths = [(site.noise, site.noise.fast) for site in sites(model)]
-    for module, _ in paths:
-        module.fast = None
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with batched(model):
             each = torch.func.vmap(lambda _: model(x), randomness="different")
             found: Tensor = each(torch.empty(samples))
             return found
     except RuntimeError:
         return None
-    finally:
-        for module, path in paths:
-            module.fast = path

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vardrop.checkpoint import Epoch
 from vardrop.compress import Listeners
-from vardrop.train import Epoch
 
 
 def progress_of(console: Console) -> Progress:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast
 
@@ -71,6 +73,21 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 method.project(noise)
                 own = slot.removeprefix("noise").removeprefix(".")
                 yield Site(f"{name}.{own}".strip("."), layer, noise, method, parameter)
+
+
+@contextmanager
+def batched(model: nn.Module) -> Iterator[None]:
+    """For passes of `model` under ``torch.func.vmap``: the plain path, parameters in their domain once and for all."""
+    before = [(site.noise, site.noise.fast, site.noise.projected) for site in sites(model)]
+    for noise, _, _ in before:
+        noise.fast, noise.projected = None, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            yield
+    finally:
+        for noise, fast, projected in before:
+            noise.fast, noise.projected = fast, projected
 
 
 def noises(layer: nn.Module) -> list[Held]:

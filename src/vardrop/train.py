@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,17 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vardrop import warmup
+from vardrop.checkpoint import Epoch, draw_on_from, epochs_in, read, write
 from vardrop.elbo import ELBO
-from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
-from vardrop.files import replace_file
+from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
 from vardrop.sites import parameter_groups, sites
 from vardrop.surgery.prune import count_alive, would_live
 from vardrop.surgery.shrink import shrink
 from vardrop.surgery.sizes import resize, sizes
-
-CHECKPOINT = "checkpoint.pt"
-HISTORY = "history.jsonl"
-CHECKPOINT_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -102,29 +97,6 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
     def to(self, device: torch.device) -> None: ...
-
-
-@dataclass
-class Epoch:
-    """One line of the history. Errors are fractions, `nll` is nats per label, `kl` nats in all.
-
-    Of a net that shrinks, the counts are against the net as it was, the KL is that of what is left.
-    `alive` counts weights, or units of a gate, by site; `units` are those of all gates, such as ``"294-110-71"``.
-    """
-
-    epoch: int
-    lr: float
-    beta: float
-    train_error: float
-    train_nll: float
-    kl: float
-    valid_error: float | None
-    test_error: float | None
-    nonzero: int
-    compression: float
-    seconds: float
-    alive: dict[str, int] = field(default_factory=dict)
-    units: str = ""
 
 
 def train(
@@ -209,7 +181,7 @@ def train(
         )
         due = perf_counter() - stored >= checkpoint_seconds or epoch + 1 == schedule.epochs
         if accelerator.is_main_process and due:
-            _store(folder, identity, net, optimizer, elbo, history)
+            write(folder, identity, _state(net, optimizer, elbo), history)
             stored = perf_counter()
         accelerator.log(_scalars(history[-1], num_data), step=epoch)
         on_epoch(history[-1])
@@ -315,52 +287,25 @@ def _scalars(epoch: Epoch, num_data: int) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
-def _store(
-    folder: Path,
-    identity: str,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    elbo: ELBO,
-    history: list[Epoch],
-) -> None:
-    lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in history)
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "identity": identity,
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO) -> dict[str, Any]:
+    return {
         "sizes": sizes(net),
         "model": net.state_dict(),
         "optimizer": optimizer.state_dict(),
         "elbo": elbo.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "history": [asdict(epoch) for epoch in history],
     }
-    replace_file(folder / HISTORY, lambda path: path.write_text(lines))
-    replace_file(folder / CHECKPOINT, lambda path: torch.save(checkpoint, path))
 
 
 def _resume(
     folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO, *, shrinks: bool
 ) -> list[Epoch]:
-    path = folder / CHECKPOINT
-    if not path.exists():
+    stored = read(folder, identity)
+    if stored is None:
         return []
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        kind = stored["format"]
-    except Exception as error:
-        raise StorageError(
-            f"{path} is not a readable checkpoint of vardrop ({type(error).__name__}); it may be truncated or "
-            "foreign: move it away to start the run anew"
-        ) from error
-    if kind != CHECKPOINT_FORMAT or stored["identity"] != identity:
-        raise StorageError(f"{path} belongs to another run; choose another folder, or the options of that run")
     if shrinks:
         resize(net, stored["sizes"], stored["model"])
     net.load_state_dict(stored["model"])
     optimizer.load_state_dict(stored["optimizer"])
     elbo.load_state_dict(stored["elbo"])
-    torch.set_rng_state(stored["random"])
-    if stored["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(stored["random_cuda"])
-    return [Epoch(**epoch) for epoch in stored["history"]]
+    draw_on_from(stored)
+    return epochs_in(stored)

@@ -13,7 +13,7 @@ from test_cli import vardrop
 
 from vardrop.errors import DataError, StorageError
 from vardrop.tables import Cell, load_tables, runner
-from vardrop.tables.runner import Options, Watch, cells_of, run_cell, run_cells
+from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
 from vardrop.tables.store import CELL
 
 RECIPE = """
@@ -146,7 +146,7 @@ def test_a_killed_cell_goes_on_where_it_stood(tmp_path):
     text = RECIPE.replace("full = { epochs = 8, decay_from = 4 }", "full = { epochs = 300, decay_from = 4 }")
     own = recipes(tmp_path / "own", text)
     cell = cell_of(own, "Plain")
-    told = {"table": "own", "row": "Plain", "column": "", "budget": "full", "seed": 0, "data_root": None}
+    told = {"table": "own", "row": "Plain", "column": "", "budget": "full", "seeds": [0], "data_root": None}
     told |= {"folder": str(tmp_path / "out"), "recipes": str(own)}
     command = [sys.executable, "-m", "vardrop.tables", json.dumps(told)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -155,13 +155,13 @@ def test_a_killed_cell_goes_on_where_it_stood(tmp_path):
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     with pytest.raises(StorageError, match="is being worked on by another process"):
-        run_cell(cell, Options(tmp_path / "out", recipes=own))
+        run_seeds([cell], Options(tmp_path / "out", recipes=own))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     kept = runner.epochs_done(cell, tmp_path / "out")
     assert 0 < kept < 300 and not (checkpoint.parent / CELL).exists()
     before = [json.loads(line) for line in (checkpoint.parent / "history.jsonl").read_text().splitlines()]
-    run_cell(cell, Options(tmp_path / "out", recipes=own))
+    run_seeds([cell], Options(tmp_path / "out", recipes=own))
     after = json.loads((checkpoint.parent / CELL).read_text())["history"]
     assert after[:kept] == before and len(after) == 300, "no epoch of the checkpoint was run again"
 
@@ -195,7 +195,20 @@ def test_a_cell_that_another_runner_took_at_the_same_moment_is_waited_for(tmp_pa
     outcome = run_cells(cells, Options(tmp_path / "out", recipes=own))
     assert outcome.finished == {cells[0].place} and not outcome.failed and not statuses
     with runner._locked(tmp_path / "out" / cells[0].place), pytest.raises(runner.BusyError):
-        run_cell(cells[0], Options(tmp_path / "out", recipes=own))
+        run_seeds([cells[0]], Options(tmp_path / "out", recipes=own))
+
+
+def test_seeds_of_a_row_train_together_where_the_method_allows_and_else_one_by_one(tmp_path):
+    own = recipes(tmp_path / "own")
+    cells = cells_of([load_tables(own)["own"]], "full", 2, ["Plain", "Pruning", "BB"])
+    options = Options(tmp_path / "out", recipes=own, together=True)
+    outcome = run_cells(cells, options)
+    assert len(outcome.finished) == 6 and not outcome.failed
+    for row, together in (("plain", 2), ("pruning", None), ("bb", 2)):
+        for seed in (0, 1):
+            record = json.loads((tmp_path / f"out/own/{row}/full-seed-{seed}" / CELL).read_text())
+            assert record.get("together") == together and record["seed"] == seed
+    assert {path.name for path in (tmp_path / "out" / "own" / "bb").glob("*.log")} == {"full-seed-0.log"}
 
 
 def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):

@@ -9,9 +9,10 @@ from test_train import run as run_schedule
 from torch import nn
 
 import vardrop as vd
+from vardrop.checkpoint import CHECKPOINT
 from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
-from vardrop.train import CHECKPOINT, Schedule
+from vardrop.train import Schedule
 
 SCHEDULE = Schedule(
     epochs=6, batch_size=16, lr=1e-2, gate_lr=0.1, decay_from=3, warmup_epochs=1, warmup_start=0, seed=5, shrink_every=2

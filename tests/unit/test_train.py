@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import vardrop as vd
+from vardrop.checkpoint import CHECKPOINT, HISTORY
 from vardrop.errors import InvalidValueError, StorageError, TrainingError
 from vardrop.files import replace_file
-from vardrop.train import CHECKPOINT, HISTORY, Schedule, train
+from vardrop.train import Schedule, train
 from vardrop.zoo import Batches, Split
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, lr=1e-2, decay_from=2, warmup_start=0, warmup_epochs=2, seed=5)

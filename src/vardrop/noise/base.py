@@ -31,6 +31,7 @@ class Noise(nn.Module):
         mask: boolean, of the shape :meth:`mask_shape`: what :func:`vardrop.prune` left alive; ``None`` while unpruned.
         generator: source of the draws; ``None`` for torch's default generator.
         fast: how the fast path computes; ``None`` for the plain reference.
+        projected: whether a pass need not put the parameters into their domain.
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
     """
 
@@ -41,6 +42,7 @@ class Noise(nn.Module):
         self.on: bool | None = None
         self.generator: torch.Generator | None = None
         self.fast: Fast | None = None
+        self.projected = False
         self.method: Any = None
         self.register_buffer("mask", None)
 

@@ -137,7 +137,8 @@ def _project(layer: nn.Module, inputs: Any) -> None:
     """
     if layer.training:
         for _, _, noise in noises(layer):
-            noise.method.project(noise)
+            if not noise.projected:
+                noise.method.project(noise)
 
 
 def _choose(

@@ -1,4 +1,4 @@
-"""One cell of a table, in a process of its own: what the runner starts."""
+"""Cells of a table that differ in their seed alone, in a process of their own: what the runner starts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 
 from vardrop.errors import VardropError
 from vardrop.tables.recipes import Cell, load_tables
-from vardrop.tables.runner import BUSY, BusyError, Options, run_cell
+from vardrop.tables.runner import BUSY, BusyError, Options, run_seeds
 
 
 def main(text: str) -> None:
-    """Runs the cell that `text`, a JSON object, describes; an error raised on purpose is the last line of stderr."""
+    """Runs the cells that `text`, a JSON object, describes; an error raised on purpose is the last line of stderr."""
     told = json.loads(text)
     recipes = Path(told["recipes"])
     run = load_tables(recipes)[told["table"]].rows[told["row"]].runs[told["column"]]
     data_root = None if told["data_root"] is None else Path(told["data_root"])
     try:
-        run_cell(Cell(run, told["budget"], told["seed"]), Options(Path(told["folder"]), data_root, recipes=recipes))
+        cells = [Cell(run, told["budget"], seed) for seed in told["seeds"]]
+        run_seeds(cells, Options(Path(told["folder"]), data_root, recipes=recipes))
     except VardropError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(BUSY if isinstance(error, BusyError) else 1)

@@ -9,20 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from vardrop.compress import RUN, compress
-from vardrop.errors import DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
+from vardrop.checkpoint import HISTORY
+from vardrop.compress import RUN, Job, compress, compress_together
+from vardrop.errors import ApartError, DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
 from vardrop.evaluate import evaluate, measure_run, read_run
 from vardrop.files import replace_file
 from vardrop.tables.figures import TIMED_BATCH, TIMED_THREADS
 from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
 from vardrop.tables.store import CELL, record_of
-from vardrop.train import HISTORY
 from vardrop.zoo import load_data
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Options:
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for an accelerator where there is one.
         jobs: cells side by side, at least 1.
         recipes: folder of the recipes.
+        together: train the seeds of a run in one batched pass where its method allows; ``None`` for where there is a
+            GPU.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Options:
     device: Device = "auto"
     jobs: int = 1
     recipes: Path = PAPERS
+    together: bool | None = None
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -64,6 +68,11 @@ class Options:
             raise InvalidValueError(f"device={self.device!r}: must be one of {', '.join(get_args(Device))}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidValueError("device='cuda': torch finds no such device here; must be cpu or auto")
+
+    @property
+    def batched(self) -> bool:
+        """Whether seeds train together."""
+        return self.device != "cpu" and torch.cuda.is_available() if self.together is None else self.together
 
 
 @dataclass
@@ -119,27 +128,48 @@ def epochs_done(cell: Cell, folder: Path) -> int:
         return 0
 
 
-def run_cell(cell: Cell, options: Options) -> None:
-    """Trains one cell in this process, or goes on where it was broken off; a finished one is left alone.
+def run_seeds(cells: Sequence[Cell], options: Options) -> None:
+    """Trains the `cells` of one run in this process, or goes on where they were broken off; finished ones stay.
+
+    Several seeds train together, unless their method does not allow it: then one after the other.
 
     Raises:
-        BusyError: another process works on it.
+        BusyError: another process works on one of them.
     """
-    place = options.folder / cell.place
-    with _locked(place) as held:
-        if not held:
-            raise BusyError(f"{place} is being worked on by another process")
-        if record_of(cell, options.folder) is not None:
+    with ExitStack() as locks:
+        for cell in cells:
+            if not locks.enter_context(_locked(options.folder / cell.place)):
+                raise BusyError(f"{options.folder / cell.place} is being worked on by another process")
+        left = [cell for cell in cells if record_of(cell, options.folder) is None]
+        jobs = {
+            options.folder / cell.place: cell.job(options.folder, data_root=options.data_root)
+            for cell in left
+            if not (options.folder / cell.place / RUN).exists()
+        }
+        _train_all(jobs)
+        for cell in left:
+            _keep_figures(cell, options)
+
+
+def _train_all(jobs: dict[Path, Job]) -> None:
+    if len(jobs) > 1:
+        with suppress(ApartError):
+            compress_together(jobs)
             return
-        if not (place / RUN).exists():
-            compress(cell.job(options.folder, data_root=options.data_root), place)
-        record = read_run(place)
-        if cell.run.needs & {"sizes", "times"}:
-            record |= _measured(cell, place, options)
-        if "ensemble" in cell.run.needs:
-            ways = evaluate(place, data_root=options.data_root, samples=DRAWS)["rows"]
-            record["ensemble"] = {"1": ways["one draw"], str(DRAWS): ways[f"ensemble of {DRAWS} draws"]}
-        replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
+    for place, job in jobs.items():
+        compress(job, place)
+
+
+def _keep_figures(cell: Cell, options: Options) -> None:
+    """Writes the record of a trained `cell`, with all that tables show of it."""
+    place = options.folder / cell.place
+    record = read_run(place)
+    if cell.run.needs & {"sizes", "times"}:
+        record |= _measured(cell, place, options)
+    if "ensemble" in cell.run.needs:
+        ways = evaluate(place, data_root=options.data_root, samples=DRAWS)["rows"]
+        record["ensemble"] = {"1": ways["one draw"], str(DRAWS): ways[f"ensemble of {DRAWS} draws"]}
+    replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
 
 
 def _measured(cell: Cell, place: Path, options: Options) -> dict[str, dict[str, Any]]:
@@ -188,19 +218,19 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
             continue
         watch.on_end(cell, reason)
     _drop_without_data(waiting, options, outcome, watch)
-    working: list[tuple[Cell, subprocess.Popen[bytes]]] = []
+    working: list[tuple[list[Cell], subprocess.Popen[bytes]]] = []
     try:
         while waiting or working:
             for cell in list(waiting):
-                if len(working) < options.jobs:
+                if len(working) < options.jobs and cell in waiting:
                     _start(cell, waiting, working, options, outcome, watch)
-            for cell, process in list(working):
+            for group, process in list(working):
                 if process.poll() is not None:
-                    working.remove((cell, process))
+                    working.remove((group, process))
                     if process.returncode == BUSY:
-                        waiting.append(cell)
+                        waiting.extend(group)
                         continue
-                    _end(cell, process.returncode, options, outcome, watch)
+                    _end(group, process.returncode, options, outcome, watch)
             watch.on_tick()
             time.sleep(TICK if waiting or working else 0.0)
     finally:
@@ -214,39 +244,50 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
 def _start(
     cell: Cell,
     waiting: list[Cell],
-    working: list[tuple[Cell, subprocess.Popen[bytes]]],
+    working: list[tuple[list[Cell], subprocess.Popen[bytes]]],
     options: Options,
     outcome: Outcome,
     watch: Watch,
 ) -> None:
-    """Starts `cell` if its turn has come: what it starts from is finished, and nobody else works on it."""
+    """Starts `cell`, with its other seeds where they train together, if its turn has come."""
+    mates = [mate for mate in waiting if mate.run == cell.run] if options.batched else [cell]
+    group = [mate for mate in mates if _is_ready(mate, waiting, options, outcome, watch)]
+    if group:
+        working.append((group, _process(group, options)))
+    for mate in group:
+        waiting.remove(mate)
+        watch.on_start(mate)
+
+
+def _is_ready(cell: Cell, waiting: list[Cell], options: Options, outcome: Outcome, watch: Watch) -> bool:
+    """Whether what `cell` starts from is finished and nobody works on it; one that needs no run leaves the queue."""
     before = cell.before
     if before is not None and before.place in outcome.failed:
         waiting.remove(cell)
         outcome.failed[cell.place] = f"it starts from {before.label}, which failed"
         watch.on_end(cell, outcome.failed[cell.place])
-        return
+        return False
     if before is not None and before.place not in outcome.finished:
-        return
+        return False
     with _locked(options.folder / cell.place) as free:
         if not free:
-            return
-    waiting.remove(cell)
+            return False
     if record_of(cell, options.folder) is not None:
+        waiting.remove(cell)
         outcome.finished.add(cell.place)
         watch.on_end(cell, "")
-        return
-    working.append((cell, _process(cell, options)))
-    watch.on_start(cell)
+        return False
+    return True
 
 
-def _end(cell: Cell, status: int, options: Options, outcome: Outcome, watch: Watch) -> None:
-    reason = _reason(status, _log(cell, options)) if status else ""
-    if reason:
-        outcome.failed[cell.place] = reason
-    else:
-        outcome.finished.add(cell.place)
-    watch.on_end(cell, reason)
+def _end(cells: Sequence[Cell], status: int, options: Options, outcome: Outcome, watch: Watch) -> None:
+    reason = _reason(status, _log(cells[0], options)) if status else ""
+    for cell in cells:
+        if reason and record_of(cell, options.folder) is None:
+            outcome.failed[cell.place] = reason
+        else:
+            outcome.finished.add(cell.place)
+        watch.on_end(cell, outcome.failed.get(cell.place, ""))
 
 
 def _reason(status: int, log: Path) -> str:
@@ -257,13 +298,14 @@ def _reason(status: int, log: Path) -> str:
     return said[-1].removeprefix("error: ") if said else f"its process ended with status {status}"
 
 
-def _process(cell: Cell, options: Options) -> subprocess.Popen[bytes]:
+def _process(cells: Sequence[Cell], options: Options) -> subprocess.Popen[bytes]:
+    run = cells[0].run
     told = {
-        "table": cell.run.table,
-        "row": cell.run.row,
-        "column": cell.run.column,
-        "budget": cell.budget,
-        "seed": cell.seed,
+        "table": run.table,
+        "row": run.row,
+        "column": run.column,
+        "budget": cells[0].budget,
+        "seeds": [cell.seed for cell in cells],
         "folder": str(options.folder),
         "data_root": None if options.data_root is None else str(options.data_root),
         "recipes": str(options.recipes),
@@ -272,7 +314,7 @@ def _process(cell: Cell, options: Options) -> subprocess.Popen[bytes]:
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if options.device == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
-    with _log(cell, options).open("wb") as log:
+    with _log(cells[0], options).open("wb") as log:
         command = [sys.executable, "-m", "vardrop.tables", json.dumps(told)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
