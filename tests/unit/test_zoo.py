@@ -44,6 +44,7 @@ def test_every_net_has_a_line_of_help():
         ("mlp", "mlp takes a width such as mlp-340"),
         ("mlp-wide", "'mlp-wide': mlp takes a width"),
         ("conv-small--1", "takes a scale"),
+        ("vgg-like-0", "takes a factor on its widths"),
         ("nowhere.py:net", "there is no file nowhere.py"),
     ],
 )

@@ -95,21 +95,24 @@ def conv_small(input_shape: Shape, num_classes: int, option: str = "") -> nn.Mod
 
 
 def vgg_like(input_shape: Shape, num_classes: int, option: str = "") -> nn.Module:
-    """The VGG of the compression papers on CIFAR: 13 convolutions with batch-norm and 2 dense layers."""
+    """The VGG of the compression papers on CIFAR: 13 convolutions with batch-norm and 2 dense layers.
+
+    ``vgg-like-0.5`` has half of the units in each, the k of arXiv:1701.05369, section 5.
+    """
     channels, height, width = input_shape
+    scale = _number("vgg-like", option or "1", "a factor on its widths such as vgg-like-0.5")
     layers: list[nn.Module] = []
     for widths in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
-        for out in widths:
+        for out in (max(1, round(scale * whole)) for whole in widths):
             layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
-    flat = 512 * math.ceil(height / 32) * math.ceil(width / 32)
     layers += [
         nn.Flatten(),
-        nn.Linear(flat, 512),
-        nn.BatchNorm1d(512),
+        nn.Linear(channels * math.ceil(height / 32) * math.ceil(width / 32), channels),
+        nn.BatchNorm1d(channels),
         nn.ReLU(),
-        nn.Linear(512, num_classes),
+        nn.Linear(channels, num_classes),
     ]
     return nn.Sequential(*layers)
 
@@ -175,7 +178,7 @@ NETS: dict[str, Builder] = {
     "char-lstm": char_lstm,
     "word-lstm": word_lstm,
 }
-TAKE_OPTION = ("mlp", "conv-small", "char-lstm", "word-lstm")
+TAKE_OPTION = ("mlp", "conv-small", "vgg-like", "char-lstm", "word-lstm")
 
 
 def build_net(spec: str, *, input_shape: Shape, num_classes: int) -> nn.Module:
@@ -183,8 +186,8 @@ def build_net(spec: str, *, input_shape: Shape, num_classes: int) -> nn.Module:
 
     Args:
         spec: a name from ``NETS``, with an option behind it where it takes one, such as ``mlp-340``,
-            ``conv-small-1.5``, ``char-lstm-256`` and ``word-lstm-128``, or one's own ``file.py:function``, which is
-            called with whichever of ``input_shape`` and ``num_classes`` it takes.
+            ``conv-small-1.5``, ``vgg-like-0.5``, ``char-lstm-256`` and ``word-lstm-128``, or one's own
+            ``file.py:function``, which is called with whichever of ``input_shape`` and ``num_classes`` it takes.
 
     Raises:
         InvalidValueError: the name is unknown, or the function does not give a module.
