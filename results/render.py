@@ -18,17 +18,18 @@ BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 def table() -> str:
     """One row for each stored run named in rows.json."""
     lines = [
-        "| MNIST run | paper: error, compression | error here | compression | the small plain net | compacted |",
+        "| run | paper: error, compression | error here | compression | the small plain net | compacted |",
         "|---|---|---|---|---|---|",
     ]
     for row in json.loads((HERE / "rows.json").read_text()):
         path = HERE / f"{row['run']}.json"
         if not path.exists():
             continue
-        run, paper = json.loads(path.read_text()), row["paper"]
+        run = json.loads(path.read_text())
         pruned, small = run["pruned"], run["compacted"]
+        paper = "{error:.2f} %, {compression}x ({source})".format(**row["paper"]) if "paper" in row else ""
         lines.append(
-            f"| {row['title']} | {paper['error']:.2f} %, {paper['compression']}x ({paper['source']}) "
+            f"| {row['title']} | {paper} "
             f"| {100 * pruned['error']:.2f} % | {pruned['compression']:.1f}x "
             f"| {small['parameters']:,} parameters, {small['bytes']:,} bytes "
             f"| {100 * small['error']:.2f} %, outputs differ by at most {small['largest_difference']:.0e} |"
@@ -57,7 +58,7 @@ def found() -> Found:
     stored = stored_in(HERE, [run for table in load_tables().values() for run in table.runs()])
     for row in json.loads((HERE / "rows.json").read_text()):
         path = HERE / f"{row['run']}.json"
-        if path.exists():
+        if path.exists() and "table" in row:
             run, place = json.loads(path.read_text()), row["table"]
             stored.add(find_run(place["id"], place["row"]).place, place["budget"], run["seed"], run)
     return stored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,8 @@ from rich.markup import escape
 from vardrop.errors import StorageError
 from vardrop.files import replace_file
 from vardrop.tables.page import LEGEND, markdown, page
-from vardrop.tables.recipes import Budget, find_tables
-from vardrop.tables.runner import Options, cells_of, run_cells
+from vardrop.tables.recipes import Budget, Cell, find_tables
+from vardrop.tables.runner import Options, Watch, cells_of, run_cells
 from vardrop.tables.show import beside, watching
 from vardrop.tables.store import found_in, keep, record_of
 
@@ -39,7 +40,7 @@ def reproduce(
         budget: ``"full"`` or ``"short"``.
         seeds: runs of each row, with seeds from 0; 0 to show what is there.
         rows: names of rows; empty for all.
-        store: folder that gets a small record of each finished cell.
+        store: folder that gets a small record of each cell as soon as it is finished.
 
     Raises:
         InvalidValueError: there is no such table or row, or an option is out of range.
@@ -48,10 +49,7 @@ def reproduce(
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows)
     with watching(console, cells, options.folder) if cells else nullcontext() as watch:
-        outcome = run_cells(cells, options, watch)
-    for cell in cells:
-        if store is not None and cell.place in outcome.finished:
-            keep(cell, record_of(cell, options.folder) or {}, store)
+        outcome = run_cells(cells, options, _storing(watch or Watch(), options, store))
     for table in tables:
         try:
             found = found_in(options.folder, list(table.runs()))
@@ -69,3 +67,16 @@ def reproduce(
             replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
         console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
     return outcome.failed
+
+
+def _storing(watch: Watch, options: Options, store: Path | None) -> Watch:
+    """`watch`, which also keeps the record of each finished cell in `store`."""
+    if store is None:
+        return watch
+
+    def on_end(cell: Cell, reason: str) -> None:
+        if not reason:
+            keep(cell, record_of(cell, options.folder) or {}, store)
+        watch.on_end(cell, reason)
+
+    return replace(watch, on_end=on_end)
