@@ -1,5 +1,10 @@
 """What every test and doctest starts from."""
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -15,3 +20,17 @@ def _seed() -> None:
 def _doctest_names(doctest_namespace: dict) -> None:
     doctest_namespace["vd"] = vd
     doctest_namespace["torch"] = torch
+
+
+@pytest.fixture
+def load_script() -> Callable[[str], ModuleType]:
+    """Gives a script of the folder results by its name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "results" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        return script
+
+    return load

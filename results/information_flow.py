@@ -1,7 +1,9 @@
-"""Where the net of a run keeps what it knows: python results/information_flow.py RUN [--data-root ROOT] [--samples 20]
+"""Where nets keep what they know: python results/information_flow.py RUN... [--data-root ROOT] [--samples 20]
 
 One layer at a time loses its means, or the places of its standard deviations, and the net is evaluated without any
-further training, in one deterministic pass and by an ensemble (arXiv:1803.03764). Prints a table.
+further training, in one deterministic pass and by an ensemble (arXiv:1803.03764). Stores the figures in
+results/information_flow.json and makes docs/variance_networks.md of them. With --write instead of runs, the page is
+made anew of what is stored.
 """
 
 from __future__ import annotations
@@ -9,14 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vardrop as vd
-from vardrop.evaluate import load_noisy
+from vardrop.evaluate import load_noisy, read_run
+from vardrop.files import replace_file
 from vardrop.zoo import load_data
 
+HERE = Path(__file__).parent
+STORED = HERE / "information_flow.json"
+PAGE = HERE.parent / "docs" / "variance_networks.md"
+TOY = "variance_toy.svg"
 BATCH = 200
 PARTS = {"means": "means set to zero", "spreads": "standard deviations permuted"}
 
@@ -44,25 +52,64 @@ def _accuracies(net: nn.Module, x: Tensor, y: Tensor, samples: int, seed: int) -
     return {name: float((found.argmax(dim=1) == y).double().mean()) for name, found in right.items()}
 
 
-def table(rows: list[dict[str, str | float]], samples: int) -> str:
-    """One row for each change."""
-    lines = [f"| layer | change | deterministic accuracy | ensemble of {samples} |", "|---|---|---|---|"]
-    for row in rows:
-        accuracies = (f"{100 * float(row[key]):.2f} %" for key in ("deterministic", "ensemble"))
-        lines.append(f"| {row['layer']} | {row['change']} | {' | '.join(accuracies)} |")
+def table(stored: dict[str, Any]) -> str:
+    """One row for each change of each run."""
+    lines = [
+        f"| run | layer | change | deterministic accuracy | ensemble of {stored['samples']} |",
+        "|---|---|---|---|---|",
+    ]
+    for run in stored["runs"]:
+        for row in run["rows"]:
+            accuracies = (f"{100 * row[key]:.2f} %" for key in ("deterministic", "ensemble"))
+            lines.append(f"| {run['run']} | {row['layer']} | {row['change']} | {' | '.join(accuracies)} |")
     return "\n".join(lines) + "\n"
+
+
+def page(stored: dict[str, Any]) -> str:
+    """The whole of docs/variance_networks.md."""
+    runs = [
+        f"- {run['run']}: `{run['net']}` on `{run['data']}`, `{run['method']['name']}` on layer "
+        f"{', '.join(run['include']) or 'all'}, {run['schedule']['epochs']} epochs, seed {run['schedule']['seed']}"
+        for run in stored["runs"]
+    ]
+    return (
+        "# What a net without means knows\n\n"
+        "A variance network has weights of mean zero: all that it has learned lies in how much they vary. One "
+        "deterministic pass then tells nothing, and an ensemble over draws tells everything (arXiv:1803.03764). The "
+        "tables `variance-classification` and `variance-parameterisations` are in [tables.md](tables.md).\n\n"
+        "## Where it is kept\n\nTest accuracy after one layer has lost its means or the places of its standard "
+        "deviations, without any further training. Made by `python results/information_flow.py --write` from "
+        "`results/information_flow.json`; `python results/information_flow.py RUN...` evaluates finished runs anew. "
+        f"Torch {stored['torch']}.\n\n{table(stored)}\n" + "\n".join(runs) + "\n\n## Two units and four classes\n\n"
+        "Samples of the two units of a zero-mean layer for points of four classes, from several starts: all that a "
+        "unit can say is how far from zero it falls. Drawn by `python results/variance_toy.py`.\n\n"
+        f"![Activations of two units without a mean]({TOY})\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="*", help="folders that `vardrop compress` wrote")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help="only make the page of what is stored")
     given = parser.parse_args(arguments)
-    run = json.loads((given.run / "run.json").read_text())
-    data = load_data(run["config"]["data"], data_root=given.data_root)
-    rows = information_flow(load_noisy(given.run, data), *data.test, samples=given.samples, seed=run["seed"])
-    print(table(rows, given.samples))
+    if given.write == bool(given.runs):
+        parser.error("give either runs, or --write alone")
+    if given.runs:
+        found = []
+        for folder in given.runs:
+            run = read_run(folder)
+            config = run["config"]
+            data = load_data(config["data"], data_root=given.data_root)
+            rows = information_flow(load_noisy(folder, data), *data.test, samples=given.samples, seed=run["seed"])
+            kept = {key: config[key] for key in ("net", "data", "method", "include", "schedule")}
+            found.append({"run": folder.name, **kept, "commit": run["commit"], "rows": rows})
+        stored = {"torch": torch.__version__, "samples": given.samples, "runs": found}
+        replace_file(STORED, lambda path: path.write_text(json.dumps(stored, indent=1) + "\n"))
+    stored = json.loads(STORED.read_text())
+    replace_file(PAGE, lambda path: path.write_text(page(stored)))
+    print(table(stored))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """A layer that loses its means or the places of its spreads, and nothing else."""
 
-import importlib.util
-from pathlib import Path
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import vardrop as vd
+from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
+from vardrop.train import Schedule
 from vardrop.zoo import load_data
 
 METHODS = {
@@ -85,11 +86,8 @@ def test_what_cannot_be_ablated_is_refused():
         vd.ablate(vd.convert(nn.Sequential(nn.Linear(5, 4)), vd.BetaBernoulli()), "0.gate", "means")
 
 
-def test_a_variance_network_keeps_what_it_knows_in_its_spreads_alone():
-    path = Path(__file__).parents[2] / "results" / "information_flow.py"
-    spec = importlib.util.spec_from_file_location("information_flow", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_a_variance_network_keeps_what_it_knows_in_its_spreads_alone(load_script):
+    script = load_script("information_flow")
     data = load_data("digits")
     torch.manual_seed(0)
     layers = [nn.Flatten(), nn.Linear(64, 100), nn.BatchNorm1d(100), nn.ReLU(), nn.Linear(100, 10), nn.BatchNorm1d(10)]
@@ -112,4 +110,18 @@ def test_a_variance_network_keeps_what_it_knows_in_its_spreads_alone():
     assert found["1", script.PARTS["spreads"]] < 0.5
     assert found["4", script.PARTS["means"]] < 0.5
     assert next(row for row in rows if row["change"] == "intact")["deterministic"] < 0.3
-    assert script.table(rows, 20).count("\n") == 7
+
+
+def test_information_flow_becomes_a_page(load_script, tmp_path, monkeypatch, capsys):
+    script = load_script("information_flow")
+    monkeypatch.setattr(script, "STORED", tmp_path / "flow.json")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "flow.md")
+    schedule = Schedule(epochs=1, batch_size=100, decay_from=1, warmup_start=0, warmup_epochs=0)
+    compress(Job("mlp-20", "digits", vd.VarianceNetwork(), schedule, include=("1", "3")), tmp_path / "a")
+    script.main([str(tmp_path / "a"), "--samples", "2"])
+    text = script.PAGE.read_text()
+    assert script.table(json.loads(script.STORED.read_text())) in capsys.readouterr().out
+    assert text.count("| a | 1 |") == 2 and text.count("| a |  | intact |") == 1 and str(tmp_path) not in text
+    script.PAGE.unlink()
+    script.main(["--write"])
+    assert script.PAGE.read_text() == text

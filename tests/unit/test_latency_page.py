@@ -1,8 +1,6 @@
 """The page on latency is made of stored measurements and of nothing else."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +10,8 @@ from vardrop.train import Schedule
 
 
 @pytest.fixture
-def latency(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("latency", Path(__file__).parents[2] / "results" / "latency.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def latency(load_script, tmp_path, monkeypatch):
+    script = load_script("latency")
     monkeypatch.setattr(script, "STORED", tmp_path / "latency.json")
     monkeypatch.setattr(script, "PAGE", tmp_path / "latency.md")
     return script

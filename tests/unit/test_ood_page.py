@@ -1,8 +1,6 @@
 """The page on uncertainty is made of stored evaluations and of nothing else."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +13,8 @@ STRANGE += "    return (x, torch.arange(50) % 2), (x, torch.arange(50) % 2)\n"
 
 
 @pytest.fixture
-def ood(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("ood", Path(__file__).parents[2] / "results" / "ood.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def ood(load_script, tmp_path, monkeypatch):
+    script = load_script("ood")
     monkeypatch.setattr(script, "STORED", tmp_path / "ood.json")
     monkeypatch.setattr(script, "DOCS", tmp_path / "docs")
     return script
