@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from vardrop.evaluate import load_small, read_run
-from vardrop.files import replace_file
 from vardrop.noise.dependent import InputGate
+from vardrop.report.figures import keep
 from vardrop.zoo import Data, load_data
 
 BATCH = 1000
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     data = load_data(read_run(given.run)["config"]["data"], data_root=given.data_root)
     figure = draw(class_averages(load_small(given.run, data), data))
-    replace_file(given.out, lambda aside: figure.savefig(aside, format=given.out.suffix.removeprefix(".")))
+    keep(figure, given.out)

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
 from vardrop.evaluate import evaluate, read_run
@@ -93,8 +92,7 @@ def write() -> None:
     stored = json.loads(STORED.read_text())
     text, picture = page(stored), figures.ood({run["run"]: run["evaluation"] for run in stored["runs"]})
     replace_file(DOCS / PAGE, lambda path: path.write_text(text))
-    with matplotlib.rc_context({"svg.hashsalt": PICTURE, "svg.fonttype": "none"}):
-        replace_file(DOCS / PICTURE, lambda path: picture.savefig(path, format="svg", metadata={"Date": None}))
+    figures.keep(picture, DOCS / PICTURE)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,11 +5,10 @@ Draws docs/trade_off.svg from the stored runs of the tables bb-2-fc and bb-2-con
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from render import found
-from vardrop.files import replace_file
+from vardrop.report.figures import keep
 from vardrop.tables import load_tables
 from vardrop.tables.figures import FIGURES
 
@@ -41,5 +40,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    with matplotlib.rc_context({"svg.hashsalt": "vardrop"}):
-        replace_file(PICTURE, lambda aside: draw().savefig(aside, format="svg", metadata={"Date": None}))
+    keep(draw(), PICTURE)

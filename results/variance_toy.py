@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 import vardrop as vd
-from vardrop.files import replace_file
+from vardrop.report.figures import keep
 
 CENTRES = torch.tensor([[1.0, 0.2], [0.2, 1.0], [3.0, 2.5], [0.1, 0.1]])
 STARTS = range(4)
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
     figure = draw()
-    replace_file(given.out, lambda aside: figure.savefig(aside, format=given.out.suffix.removeprefix(".")))
+    keep(figure, given.out)

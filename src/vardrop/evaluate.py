@@ -107,7 +107,7 @@ def evaluate(
     text = json.dumps(record, indent=1, allow_nan=False)
     replace_file(folder / EVALUATION, lambda path: path.write_text(text))
     picture = figures.uncertainty(record)
-    replace_file(folder / PICTURE, lambda path: picture.savefig(path, format="png", dpi=140))
+    figures.keep(picture, folder / PICTURE)
     return record
 
 

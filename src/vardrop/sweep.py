@@ -199,11 +199,11 @@ def _point(trial: Any) -> Point:
 
 
 def _keep(folder: Path, points: list[Point], front: list[Point], against: Against) -> None:
-    from vardrop.report.figures import trade_off
+    from vardrop.report.figures import keep, trade_off
 
     stored = {"against": against, "front": [vars(point) for point in front], "all": [vars(point) for point in points]}
     replace_file(folder / FRONT, lambda path: path.write_text(json.dumps(stored, indent=1)))
     figure = trade_off(
         [(point.size, point.error) for point in points], [(point.size, point.error) for point in front], against
     )
-    replace_file(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=150, bbox_inches="tight"))
+    keep(figure, folder / PICTURE)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vardrop.errors import MissingExtraError
+from vardrop.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +18,16 @@ if TYPE_CHECKING:
 INK = "#7a828e"
 COLOURS = ("#3b82c4", "#e0803a", "#4aa564", "#b05fb0", "#c2504f", "#8a7a5c")
 UNITS_SHOWN = 40
+
+
+def keep(figure: Figure, path: Path) -> None:
+    """Writes `figure` to `path`, in the format of its suffix; an SVG of the same data is always the same."""
+    import matplotlib
+
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        replace_file(path, lambda aside: figure.savefig(aside, format=kind, dpi=140, metadata=metadata))
 
 
 def training_curves(history: list[dict[str, Any]]) -> Figure:

@@ -1,0 +1,52 @@
+"""Error and sparsity of the VGG-like net over its width: python results/vgg_width.py
+
+Draws docs/vgg_width.svg from the stored runs results/vgg-like-*.json, such as vgg-like-0.25-ard.json, each made by
+`vardrop compress vgg-like-0.25 --data uoft-cs/cifar10 ...` with its own factor k on the widths (arXiv:1701.05369,
+section 5).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vardrop.report.figures import keep
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "vgg_width.svg"
+FAMILY = "vgg-like-"
+
+
+def stored(folder: Path = HERE) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    """The runs by method, each with its k, in the order of k."""
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for path in folder.glob(f"{FAMILY}*.json"):
+        run = json.loads(path.read_text())
+        width = float(run["config"]["net"].removeprefix(FAMILY))
+        found.setdefault(run["config"]["method"]["name"], []).append((width, run))
+    return {name: sorted(runs, key=lambda run: run[0]) for name, runs in sorted(found.items())}
+
+
+def draw(runs: dict[str, list[tuple[float, dict[str, Any]]]]) -> Figure:
+    """Test error on the left; on the right the share of dead weights, of methods that have any."""
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    error, dead = figure.subplots(1, 2)
+    for index, (name, found) in enumerate(runs.items()):
+        widths = [width for width, _ in found]
+        error.plot(widths, [100 * run["pruned"]["error"] for _, run in found], "o-", c=f"C{index}", label=name)
+        shares = [100 * (1 - run["pruned"]["nonzero"] / run["pruned"]["total"]) for _, run in found]
+        if any(shares):
+            dead.plot(widths, shares, "o-", c=f"C{index}", label=name)
+    for axis, label in ((error, "test error, %"), (dead, "dead weights, %")):
+        axis.set_xlabel("k, factor on all widths")
+        axis.set_ylabel(label)
+    error.legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    found = stored()
+    if not found:
+        raise SystemExit(f"{HERE} holds no {FAMILY}*.json: copy the run.json of finished runs there first")
+    keep(draw(found), PICTURE)
