@@ -49,6 +49,7 @@ from vardrop.surgery.convert import convert as convert
 from vardrop.surgery.convert import strip as strip
 from vardrop.surgery.prune import prune as prune
 from vardrop.surgery.prune import unprune as unprune
+from vardrop.surgery.selection import select_inputs as select_inputs
 from vardrop.surgery.shrink import shrink as shrink
 from vardrop.surgery.vocabulary import shrink_vocabulary as shrink_vocabulary
 

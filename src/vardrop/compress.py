@@ -27,6 +27,7 @@ from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import convert
 from vardrop.surgery.prune import Pruned, count_alive, prune
+from vardrop.surgery.selection import select_inputs
 from vardrop.surgery.shrink import why_whole
 from vardrop.together import Member, train_together
 from vardrop.train import Schedule, train
@@ -240,6 +241,8 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
         **_counts(counted),
     }
     small = compact(net, data.test.x[:2])
+    if counted.alive < counted.total:
+        small = select_inputs(small)
     save(net, folder / NOISY, overwrite=True)
     compacted = {
         **_describe(small, data, folder / SMALL, sparse=True),

@@ -30,6 +30,7 @@ from vardrop.noise import InputGate
 from vardrop.sites import SLOTS, noises
 from vardrop.surgery.convert import attach
 from vardrop.surgery.reading import LAYERS
+from vardrop.surgery.selection import InputSelection
 from vardrop.surgery.sizes import kind_of, make_room, resizable, resize, sizes
 
 FORMAT = 1
@@ -81,6 +82,11 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
             for name, layer in model.named_modules()
             if isinstance(gate := layer._modules.get("gate"), InputGate)
         },
+        "selections": {
+            name: len(selection.kept)
+            for name, layer in model.named_modules()
+            if isinstance(selection := layer._modules.get("selection"), InputSelection)
+        },
     }
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -112,7 +118,7 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
     state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
-    _hang_gates(folder, model, record.get("gates", {}))
+    _hang_children(folder, model, record.get("gates", {}), record.get("selections", {}))
     _check_fits(folder, model, record, _without_noise(state, noisy))
     resize(model, record["layers"], state)
     attach(model, noisy)
@@ -382,13 +388,18 @@ def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: 
     _refuse(folder, [*faults, *_ties_apart(model, record["aliases"])])
 
 
-def _hang_gates(folder: Path, model: nn.Module, gates: dict[str, Any]) -> None:
-    """Gives the freshly built `model` the gates that a compacted one kept, still without values."""
+def _hang_children(folder: Path, model: nn.Module, gates: dict[str, Any], selections: dict[str, int]) -> None:
+    """Gives the freshly built `model` the gates and selections that a compacted one has, still without values."""
     modules = dict(model.named_modules())
     for name, entry in gates.items():
         if not isinstance(modules.get(name), LAYERS):
             raise StorageError(f"{folder} holds a gate for {name!r}, which is no layer of the built model")
         InputGate(tuple(entry["shape"]), entry["place"]).hang_on(modules[name])
+    for name, count in selections.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise StorageError(f"{folder} selects inputs of {name!r}, which is no linear layer of the built model")
+        InputSelection(torch.zeros(count)).hang_on(layer)
 
 
 def _ties_apart(model: nn.Module, stored: dict[str, str]) -> list[str]:

@@ -26,10 +26,12 @@ class SkippingLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.gate = cast(InputGate, layer.gate)
+        self.selection = layer._modules.get("selection") or nn.Identity()
         self.register_buffer("weight", layer.weight.detach().T.contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.selection(x)
         if x.numel() != len(self.gate.scale):
             raise InvalidValueError(
                 f"x has shape {tuple(x.shape)}: must be one example with {len(self.gate.scale)} units"
