@@ -29,14 +29,21 @@ BATCH = 200
 PARTS = {"means": "means set to zero", "spreads": "standard deviations permuted"}
 
 
-def information_flow(net: nn.Module, x: Tensor, y: Tensor, *, samples: int, seed: int) -> list[dict[str, str | float]]:
-    """Accuracy (a fraction) of `net` as it is, and with one part of one layer gone."""
+def ablated(net: nn.Module, *, seed: int) -> dict[tuple[str, str], nn.Module]:
+    """`net` as it is, and with one part of one layer gone, by layer and what was done."""
     nets = {("", "intact"): net}
     for site in vd.sites(net):
         if site.counts == "weights":
             for part, label in PARTS.items():
                 generator = torch.Generator().manual_seed(seed)
                 nets[site.name, label] = vd.ablate(net, site.name, part, generator=generator)
+    return nets
+
+
+def information_flow(
+    nets: dict[tuple[str, str], nn.Module], x: Tensor, y: Tensor, *, samples: int, seed: int
+) -> list[dict[str, str | float]]:
+    """Accuracy (a fraction) of each of the `nets`."""
     return [
         {"layer": layer, "change": change, **_accuracies(changed.eval(), x, y, samples, seed)}
         for (layer, change), changed in nets.items()
@@ -97,12 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     if given.write == bool(given.runs):
         parser.error("give either runs, or --write alone")
     if given.runs:
-        found = []
+        found, ready = [], []
         for folder in given.runs:
             run = read_run(folder)
+            data = load_data(run["config"]["data"], data_root=given.data_root)
+            ready.append((folder, run, data, ablated(load_noisy(folder, data), seed=run["seed"])))
+        for folder, run, data, nets in ready:
             config = run["config"]
-            data = load_data(config["data"], data_root=given.data_root)
-            rows = information_flow(load_noisy(folder, data), *data.test, samples=given.samples, seed=run["seed"])
+            rows = information_flow(nets, *data.test, samples=given.samples, seed=run["seed"])
             kept = {key: config[key] for key in ("net", "data", "method", "include", "schedule")}
             found.append({"run": folder.name, **kept, "commit": run["commit"], "rows": rows})
         stored = {"torch": torch.__version__, "samples": given.samples, "runs": found}
