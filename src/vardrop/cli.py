@@ -281,11 +281,12 @@ def measure(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="The ONNX file to write")],
+    data_root: DataRoot = None,
 ) -> None:
     """Export the small net of a run to ONNX, and check it in onnxruntime."""
     from vardrop.evaluate import export as write
 
-    write(run, out)
+    write(run, out, data_root=data_root)
     console.print(f"{out}: {out.stat().st_size:,} bytes")
 
 

@@ -218,6 +218,7 @@ def test_methods_and_help_explain_themselves():
     for command in ("compress", "evaluate", "export", "report", "methods", "demo"):
         shown = vardrop(command, "--help")
         assert shown.returncode == 0 and command in shown.stdout
+        assert ("--data-root" in shown.stdout) == (command in ("compress", "evaluate", "export"))
 
 
 def test_make_method_reads_numbers_words_truth_and_none():
