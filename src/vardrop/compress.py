@@ -21,7 +21,7 @@ from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
 from vardrop.io import load_weights, save, size_on_disk
-from vardrop.measure import count_nonzero, count_parameters, flops, living_units
+from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
@@ -248,6 +248,7 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
         **_describe(small, data, folder / SMALL, sparse=True),
         "flops": flops(small, data.test.x[:1]),
         "units": living_units(small),
+        "open_units": open_units(small, data.test.x),
         "largest_difference": _largest_difference(net, small, data.test.x),
         "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
     }

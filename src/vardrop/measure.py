@@ -72,6 +72,35 @@ def living_units(model: nn.Module) -> list[int]:
     return found
 
 
+@torch.no_grad()
+def open_units(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[float]:
+    """Units that each input-dependent gate leaves open for an average one of the examples `x`, gate by gate.
+
+    Source: arXiv:1805.10896, section 5, which counts the units of dependent beta-Bernoulli dropout so.
+
+    >>> from vardrop.measure import open_units
+    >>> net = vd.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)), vd.BetaBernoulli())
+    >>> small = vd.strip(vd.convert(net, vd.DependentBetaBernoulli()))
+    >>> [count <= 8 for count in open_units(small, torch.randn(5, 8))]
+    [True]
+    """
+    gates = [module for module in model.modules() if isinstance(module, InputGate)]
+    totals = dict.fromkeys(gates, 0)
+
+    def count(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        totals[cast(InputGate, gate)] += int(cast(InputGate, gate).opening(inputs[0]).count_nonzero())
+
+    handles = [gate.register_forward_pre_hook(count) for gate in gates]
+    try:
+        with _eval([model]):
+            for part in x.split(batch_size) if gates else ():
+                model(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / len(x) for total in totals.values()]
+
+
 def flops(model: nn.Module, example_inputs: Inputs) -> int:
     """Floating-point operations of one pass in eval mode: matrix products and convolutions, multiply and add apart.
 

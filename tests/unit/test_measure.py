@@ -9,7 +9,18 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.errors import InvalidValueError
-from vardrop.measure import Row, Summary, count_nonzero, count_parameters, flops, latencies, latency, living_units
+from vardrop.measure import (
+    Row,
+    Summary,
+    count_nonzero,
+    count_parameters,
+    flops,
+    latencies,
+    latency,
+    living_units,
+    open_units,
+)
+from vardrop.noise import InputGate
 
 
 def net():
@@ -212,3 +223,20 @@ def test_living_units_are_inputs_that_are_read_and_channels_that_have_a_weight()
     with pytest.warns(vd.errors.EmptyLayerWarning):
         vd.prune(net)
     assert living_units(net) == [1, 1, 1]
+
+
+def test_open_units_are_counted_for_an_average_input():
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2)).eval()
+    gate, inner = InputGate((3, 1, 1), "output"), InputGate((12,), "input")
+    gate.hang_on(net[0])
+    inner.hang_on(net[2])
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).view(3, 2, 1, 1))
+        net[0].bias.zero_()
+        gate.scale.fill_(1.0)
+        gate.shift.zero_()
+        gate.floor.fill_(0.5)
+        inner.floor[:5] = 2.0
+    x = torch.stack([torch.full((2, 2, 2), 0.9), torch.zeros(2, 2, 2)])
+    assert open_units(net, x, batch_size=1) == [1.0, 7.0]
+    assert open_units(nn.Linear(2, 2), torch.randn(3, 2)) == []

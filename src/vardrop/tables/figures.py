@@ -112,6 +112,8 @@ def _sparsity(record: Mapping[str, Any]) -> Value | None:
 
 
 def _units(record: Mapping[str, Any]) -> Value | None:
+    if record["compacted"].get("open_units"):
+        return tuple(map(float, record["compacted"]["open_units"]))
     if record["pruned"].get("units"):
         return tuple(float(part) for part in record["pruned"]["units"].split("-"))
     units = record["compacted"].get("units")
