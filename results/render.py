@@ -12,6 +12,15 @@ from vardrop.tables import Found, find_run, load_tables, stored_in
 from vardrop.tables.page import LEGEND, markdown
 
 HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+PICTURES = {
+    "trade_off.svg": "Error against FLOPs on MNIST, of the tables `bb-2-fc` and `bb-2-conv` (arXiv:1805.10896, figure "
+    "2): `python results/trade_off.py`.",
+    "dependent_gates.svg": "Dependent beta-Bernoulli dropout on LeNet-500-300: how far the gates of each layer open for "
+    "each class, and how alike the classes are to them (arXiv:1805.10896, figures 2 and 4): "
+    "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`.",
+    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width: `python results/vgg_width.py`.",
+}
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 
 
@@ -74,6 +83,8 @@ def tables_page() -> str:
         "`--budget full` follows the paper's schedule, `short` a fraction of it; another budget is named as it was. "
         f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
         + "\n".join(markdown(table, stored) for table in tables)
+        + "\n## Figures\n"
+        + "".join(f"\n{text}\n\n![]({name})\n" for name, text in PICTURES.items() if (DOCS / name).exists())
     )
 
 
@@ -90,4 +101,4 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         (HERE / "README.md").write_text(page())
         (HERE.parent / "README.md").write_text(readme_with(table()))
-        (HERE.parent / "docs" / "tables.md").write_text(tables_page())
+        (DOCS / "tables.md").write_text(tables_page())
