@@ -16,7 +16,7 @@ DOCS = HERE.parent / "docs"
 PICTURES = {
     "trade_off.svg": "Error against FLOPs on MNIST, of the tables `bb-2-fc` and `bb-2-conv` (arXiv:1805.10896, figure "
     "2): `python results/trade_off.py`.",
-    "dependent_gates.svg": "Dependent beta-Bernoulli dropout on LeNet-500-300: how far the gates of each layer open for "
+    "dependent_gates.svg": "Dependent beta-Bernoulli dropout on LeNet-500-300: how far each layer's gates open for "
     "each class, and how alike the classes are to them (arXiv:1805.10896, figures 2 and 4): "
     "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`.",
     "vgg_width.svg": "Error and sparsity of the VGG-like net over its width: `python results/vgg_width.py`.",
@@ -84,7 +84,7 @@ def tables_page() -> str:
         f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
         + "\n".join(markdown(table, stored) for table in tables)
         + "\n## Figures\n"
-        + "".join(f"\n{text}\n\n![]({name})\n" for name, text in PICTURES.items() if (DOCS / name).exists())
+        + "".join(f"\n{text}\n\n![{name}]({name})\n" for name, text in PICTURES.items() if (DOCS / name).exists())
     )
 
 
