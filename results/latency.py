@@ -30,7 +30,7 @@ def store(runs: list[Path], *, data_root: Path | None, repeats: int) -> None:
     for folder in runs:
         run = read_run(folder)
         kept = {key: run["config"][key] for key in ("net", "data", "method", "schedule")}
-        figures = {"units": run["pruned"]["units"], "small_units": run["compacted"]["units"]}
+        figures = {"units": run["pruned"]["units"], "small_units": run["compacted"].get("units", [])}
         original = None if run["original"] is None else run["original"]["error"]
         errors = {"original": original, "small": run["compacted"]["error"]}
         measured = measure_run(folder, data_root=data_root, repeats=repeats).record
