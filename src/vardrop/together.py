@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vardrop.checkpoint import Epoch, draw_on_from, epochs_in, read, write
 from vardrop.elbo import kl_at
-from vardrop.errors import ApartError, InvalidValueError, MissingExtraError, TrainingError
+from vardrop.errors import ApartError, InvalidValueError, TrainingError
 from vardrop.methods import Method
 from vardrop.noise import AdversarialNoise
 from vardrop.sites import batched, sites
 from vardrop.surgery.prune import count_alive, would_live
 from vardrop.surgery.sizes import sizes
-from vardrop.train import Loader, Schedule
+from vardrop.train import Loader, Schedule, accelerator_of, living
 
 Losses = tuple[Tensor, Tensor, Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -138,7 +138,7 @@ def _train(
     on_epoch: Callable[[int, Epoch], None],
 ) -> None:
     """Takes members that stand at the same epoch to the end; their `histories` grow."""
-    accelerator = _accelerator()
+    accelerator = accelerator_of()
     schedule = members[0].schedule
     wholes = [count_alive(member.net) for member in members]
     for member, found in zip(members, stored, strict=True):
@@ -149,13 +149,13 @@ def _train(
     elbo = schedule.elbo(num_data)
     with _Stack([member.net for member in members]) as stack:
         optimizer = stack.optimizer(schedule)
+        shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
         if stored[0] is not None:
             optimizer.load_state_dict(_joined([found["optimizer"] for found in stored if found is not None]))
             elbo.load_state_dict(stored[0]["elbo"])
             draw_on_from(stored[0])
         else:
             torch.manual_seed(schedule.seed)
-        shares = [group["lr"] / schedule.lr for group in stack.optimizer(schedule).param_groups]
         last = perf_counter()
         for epoch in range(len(histories[0]), schedule.epochs):
             started = perf_counter()
@@ -176,11 +176,8 @@ def _train(
                     kl=kls[index],
                     valid_error=valid_error,
                     test_error=test_error,
-                    nonzero=counted.alive,
-                    compression=counted.compression,
                     seconds=(perf_counter() - started) / len(members),
-                    alive={name: count.alive for name, count in counted.layers.items()},
-                    units=counted.units,
+                    **living(counted),
                 )
                 histories[index].append(line)
                 on_epoch(index, line)
@@ -213,8 +210,7 @@ def _one_epoch(
         member.batches.set_epoch(epoch)
     for step, parts in enumerate(zip(*(member.batches for member in members), strict=True)):
         x, y = (torch.stack(tensors).to(device) for tensors in zip(*parts, strict=True))
-        for member in members:
-            list(sites(member.net))  # puts its parameters into their domain
+        stack.project()
         nll, kls, logits = stack.losses(x, y, accelerator.autocast)
         loss = nll + kls * kl_weight
         if not bool(torch.isfinite(loss).all()):
@@ -263,9 +259,10 @@ class _Stack:
         self.buffers = _stacked([dict(one.named_buffers()) for one in self.objectives])
 
     def __enter__(self) -> _Stack:
+        stacked = self.parameters | self.buffers
         for index, one in enumerate(self.objectives):
             for name, tensor in [*one.named_parameters(), *one.named_buffers()]:
-                tensor.data = (self.parameters | self.buffers)[name].data[index]
+                tensor.data = stacked[name].data[index]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,6 +277,12 @@ class _Stack:
         for group in optimizer.param_groups:
             group["params"] = [stacked[parameter] for parameter in group["params"]]
         return optimizer
+
+    def project(self) -> None:
+        """Puts the parameters of all noise into their domain."""
+        for one in self.objectives:
+            for site in one.sites:
+                site.method.project(site.noise)
 
     def losses(self, x: Tensor, y: Tensor, autocast: Autocast) -> Losses:
         """The losses ``(members,)``, the KLs, and the logits ``(members, N, classes, *)`` of one pass over all nets."""
@@ -333,11 +336,3 @@ def _joined(states: list[dict[str, Any]]) -> dict[str, Any]:
         for key, values in first.items()
     }
     return {**states[0], "state": together}
-
-
-def _accelerator() -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise MissingExtraError("the training loop", "cli") from error
-    return Accelerator()

@@ -20,7 +20,7 @@ from vardrop.checkpoint import Epoch, draw_on_from, epochs_in, read, write
 from vardrop.elbo import ELBO
 from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
 from vardrop.sites import parameter_groups, sites
-from vardrop.surgery.prune import count_alive, would_live
+from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.shrink import shrink
 from vardrop.surgery.sizes import resize, sizes
 
@@ -172,11 +172,8 @@ def train(
                 kl=float(elbo.kl),
                 valid_error=valid_error,
                 test_error=test_error,
-                nonzero=counted.alive,
-                compression=counted.compression,
                 seconds=perf_counter() - started,
-                alive={name: count.alive for name, count in counted.layers.items()},
-                units=counted.units,
+                **living(counted),
             )
         )
         due = perf_counter() - stored >= checkpoint_seconds or epoch + 1 == schedule.epochs
@@ -187,6 +184,16 @@ def train(
         on_epoch(history[-1])
     accelerator.end_training()
     return history
+
+
+def living(counted: Pruned) -> dict[str, Any]:
+    """What a line of the history says of the weights and units that are `counted`."""
+    return {
+        "nonzero": counted.alive,
+        "compression": counted.compression,
+        "alive": {name: count.alive for name, count in counted.layers.items()},
+        "units": counted.units,
+    }
 
 
 def _one_epoch(
@@ -273,13 +280,22 @@ def _without_noise(name: str) -> str:
 
 
 def _accelerator(folder: Path) -> Any:
+    accelerator = accelerator_of(log_with="tensorboard", project_dir=str(folder))
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def accelerator_of(**options: str) -> Any:
+    """accelerate's ``Accelerator(**options)``.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+    """
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise MissingExtraError("the training loop", "cli") from error
-    accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
-    accelerator.init_trackers("tensorboard")
-    return accelerator
+    return Accelerator(**options)
 
 
 def _scalars(epoch: Epoch, num_data: int) -> dict[str, float]:
