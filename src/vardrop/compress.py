@@ -55,7 +55,8 @@ class Job:
         data: name of a data set, or ``file.py:function``.
         method: the method, with its hyper-parameters.
         schedule: how to train.
-        validation: training examples set apart to choose by; they are not trained on.
+        validation: training examples set apart to choose by; they are not trained on. With none, those that the data
+            set itself sets apart, where it does.
         pretrain: epochs of plain training before the conversion.
         pretrained: weights to start from: a safetensors file, or a folder written by :func:`vardrop.save`.
         data_root: folder that holds data sets in their Hub layout; ``None`` for the Hub.
@@ -211,7 +212,7 @@ def _begin(job: Job, folder: Path) -> _Work:
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    fit, valid = data.train, None
+    fit, valid = data.train, data.validation
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
@@ -233,11 +234,12 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
     trained = _figures(net, data.test)
     net.cpu()
     counted = prune(net, on_empty=job.on_empty).against(whole)
-    valid_error = None if work.valid is None else error_and_nll(net, work.valid)[0]
+    valid_error, valid_nll = (None, None) if work.valid is None else error_and_nll(net, work.valid)
     pruned = {
         **_figures(net, data.test),
         "train_error": error_and_nll(net, work.fit)[0],
         "valid_error": valid_error,
+        "valid_nll": valid_nll,
         **_counts(counted),
     }
     small = compact(net, data.test.x[:2])

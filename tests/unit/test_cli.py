@@ -307,7 +307,7 @@ def test_layers_are_chosen_by_name(tmp_path):
 def test_the_whole_road_of_a_recurrent_net_on_text(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    for part in ("train", "test"):
+    for part in ("train", "test", "validation"):
         (folder / f"{part}.txt").write_text("to be or not to be\n" * 60)
     options = ["--data", "texts", "--data-root", tmp_path, "--batch-size", "4", "--lr", "0.02", "--clip-norm", "1"]
     options += ["--pretrain", "2", "--epochs", "2", "--warmup-epochs", "2"]
@@ -316,5 +316,6 @@ def test_the_whole_road_of_a_recurrent_net_on_text(tmp_path):
     run = read_run(tmp_path / "a")
     assert list(run["layers"]) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "output"]
     assert run["original"]["error"] < 0.8 and run["compacted"]["largest_difference"] < 1e-4
+    assert run["pruned"]["valid_nll"] == pytest.approx(run["pruned"]["nll"])
     assert vardrop("evaluate", tmp_path / "a", "--samples", 2, "--data-root", tmp_path).returncode == 0
     assert vardrop("report", tmp_path / "a").returncode == 0

@@ -114,3 +114,11 @@ def test_it_learns_what_no_mean_could_tell():
 def test_bad_fields(fields, message):
     with pytest.raises(InvalidValueError, match=message):
         vd.VarianceNetwork(**fields)
+
+
+def test_log_alpha_may_learn_at_a_rate_of_its_own():
+    net = vd.convert(nn.Linear(6, 5), vd.VarianceNetwork("layer", alpha_lr=0.1))
+    groups = vd.parameter_groups(net, lr=0.001)
+    assert {group["lr"]: sum(map(torch.Tensor.numel, group["params"])) for group in groups} == {0.001: 35, 0.1: 1}
+    with pytest.raises(InvalidValueError, match="alpha_lr"):
+        vd.VarianceNetwork("layer", alpha_lr=0.0)

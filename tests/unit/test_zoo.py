@@ -240,10 +240,10 @@ def test_a_validation_split_takes_examples_away_from_training():
         validation_split(split, 10, seed=0)
 
 
-def text_folder(tmp_path, train, test):
+def text_folder(tmp_path, train, test, **others):
     folder = tmp_path / "texts"
-    folder.mkdir()
-    for part, lines in (("train", train), ("test", test)):
+    folder.mkdir(exist_ok=True)
+    for part, lines in {"train": train, "test": test, **others}.items():
         (folder / f"{part}.txt").write_text("\n".join(lines))
     return load_data("texts", data_root=tmp_path)
 
@@ -253,6 +253,16 @@ def test_running_text_is_cut_into_stretches_with_the_next_character_as_label(tmp
     assert data.train.x.shape == data.train.y.shape == (2, 100) and data.num_classes == 4
     assert data.train.x[0, :5].tolist() == [1, 2, 3, 0, 1] and data.train.y[0, :5].tolist() == [2, 3, 0, 1, 2]
     assert data.train.x[1, 0] == data.train.y[0, -1], "the stretches follow on one another"
+
+
+def test_examples_that_the_data_set_itself_sets_apart_are_read(tmp_path):
+    data = text_folder(tmp_path, ["abc"] * 60, ["cab"] * 30, validation=["bca"] * 90)
+    assert [len(split.y) for split in (data.train, data.test, data.validation)] == [2, 1, 3]
+    assert data.validation.x[0, :4].tolist() == [2, 3, 1, 0]
+    lot = load_data("texts:random-labels", data_root=tmp_path)
+    assert lot.validation.y.shape == data.validation.y.shape
+    with pytest.raises(DataError, match="validation text of 'texts' holds 'x'"):
+        text_folder(tmp_path, ["abc"] * 60, ["cab"] * 30, validation=["xyz"] * 90)
 
 
 def test_characters_set_apart_by_blanks_are_read_without_the_blanks(tmp_path):

@@ -33,6 +33,8 @@ class VarianceNetwork(WeightMethod):
             ``"output"`` neuron or each ``"weight"``; or ``"additive"``, with a mean and a std for each weight.
         init_log_alpha: first value of log alpha, where there is one.
         init_log_std: first value of log std in the additive form.
+        alpha_lr: learning rate of log alpha in ``vardrop.parameter_groups`` and on the command line; ``None`` for that
+            of the weights. An alpha of many weights has a long way to go, and its slope falls like its inverse.
 
     Source: arXiv:1803.03764, sections 4 and 5; first values are those of its authors' code.
 
@@ -52,12 +54,15 @@ class VarianceNetwork(WeightMethod):
     parameterisation: Literal["zero-mean", "layer", "input", "output", "weight", "additive"] = "zero-mean"
     init_log_alpha: float = -5.0
     init_log_std: float = -5.0
+    alpha_lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "parameterisation", self.parameterisation, PARAMETERISATIONS)
         for field in ("init_log_alpha", "init_log_std"):
             check_range(self, field, above=-40.0, below=40.0, closed=True)
+        if self.alpha_lr is not None:
+            check_range(self, "alpha_lr", above=0.0)
         if self.rule is not None or self.threshold is not None:
             raise InvalidValueError(
                 f"VarianceNetwork(rule={self.rule!r}, threshold={self.threshold}): must both be None, since a rule "
@@ -77,6 +82,9 @@ class VarianceNetwork(WeightMethod):
             learned=True,
             sampling=self.sampling,
         )
+
+    def learning_rates(self, noise: Noise) -> dict[str, float]:
+        return {} if self.alpha_lr is None else {"shared_log_alpha": self.alpha_lr}
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         if isinstance(noise, AdditiveNoise):

@@ -130,6 +130,14 @@ def _accuracy(*path: str) -> Callable[[Mapping[str, Any]], Value | None]:
     return read
 
 
+def _bits(name: str) -> Callable[[Mapping[str, Any]], Value | None]:
+    def read(record: Mapping[str, Any]) -> Value | None:
+        nats = record["pruned"].get(name)
+        return None if nats is None else float(nats) / math.log(2.0)
+
+    return read
+
+
 def _elbo(record: Mapping[str, Any]) -> Value | None:
     history = record.get("history")
     if not history or "num_data" not in record:
@@ -165,8 +173,8 @@ FIGURES = {
     "train_accuracy": Figure("training accuracy, %", _accuracy("pruned", "train_error"), 0),
     "test_accuracy": Figure("test accuracy, %", _accuracy("pruned", "error"), 0),
     "test_mse": Figure("test MSE", lambda record: None, 4, "lower"),
-    "valid_bpc": Figure("validation, bits per character", lambda record: None, 3, "lower"),
-    "test_bpc": Figure("test, bits per character", lambda record: record["pruned"]["nll"] / math.log(2.0), 3, "lower"),
+    "valid_bpc": Figure("validation, bits per character", _bits("valid_nll"), 3, "lower"),
+    "test_bpc": Figure("test, bits per character", _bits("nll"), 3, "lower"),
     "elbo": Figure("ELBO, nats", _elbo, 0, "higher"),
     "deterministic_accuracy": Figure("deterministic accuracy, %", _accuracy("trained", "error"), 1),
     "stochastic_accuracy": Figure(

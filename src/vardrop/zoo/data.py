@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,12 +48,16 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in memory. Images are ``(N, channels, height, width)``, scaled to [0, 1]; text is token ids."""
+    """A data set in memory. Images are ``(N, channels, height, width)``, scaled to [0, 1]; text is token ids.
+
+    `validation` is there where the data set itself sets examples apart.
+    """
 
     name: str
     train: Split
     test: Split
     num_classes: int
+    validation: Split | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -130,8 +134,13 @@ def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Spl
     return Split(split.x[rest], split.y[rest]), Split(split.x[apart], split.y[apart])
 
 
-def _checked(name: str, splits: tuple[Split, Split]) -> Data:
-    for part, (x, y) in zip(("training", "test"), splits, strict=True):
+PARTS = {"training": "train", "test": "test", "validation": "validation"}
+"""The parts of a data set, and what they are called on the Hub; the last may be missing."""
+
+
+def _checked(name: str, splits: Sequence[Split]) -> Data:
+    parts = dict(zip(PARTS, splits, strict=False))
+    for part, (x, y) in parts.items():
         where = f"{part} data of {name!r}"
         if len(y) == 0:
             raise DataError(f"{where}: there are no examples")
@@ -141,7 +150,7 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
         if not finite.all():
             raise DataError(f"{where}: example {int((~finite).nonzero()[0])} holds NaN or infinite values")
     classes = int(splits[0].y.max()) + 1
-    for part, (x, y) in zip(("training", "test"), splits, strict=True):
+    for part, (x, y) in parts.items():
         outside = (y < 0) | (y >= classes)
         if outside.any():
             index = int(outside.nonzero()[0, 0])
@@ -153,16 +162,17 @@ def _checked(name: str, splits: tuple[Split, Split]) -> Data:
             raise DataError(f"{part} data of {name!r}: inputs of shape {tuple(x.shape[1:])}, unlike the training data")
     if classes < 2:
         raise DataError(f"training data of {name!r}: all labels are 0, so there is nothing to tell apart")
-    return Data(name, *splits, classes)
+    return Data(name, parts["training"], parts["test"], classes, parts.get("validation"))
 
 
 def _with_random_labels(spec: str, data: Data) -> Data:
     generator = torch.Generator().manual_seed(LABELS_SEED)
-    train, test = (
-        Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
-        for split in (data.train, data.test)
-    )
-    return Data(spec, train, test, data.num_classes)
+
+    def at_random(split: Split) -> Split:
+        return Split(split.x, torch.randint(data.num_classes, split.y.shape, generator=generator))
+
+    train, test = at_random(data.train), at_random(data.test)
+    return Data(spec, train, test, data.num_classes, data.validation and at_random(data.validation))
 
 
 def _own_splits(spec: str) -> tuple[Split, Split]:
@@ -217,26 +227,24 @@ def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
     return found
 
 
-def _from_hub(name: str, data_root: Path | None) -> tuple[Split, Split]:
+def _from_hub(name: str, data_root: Path | None) -> tuple[Split, ...]:
     found = _tables(name, data_root, "train", "test")
-    columns = set(found["train"].column_names)
+    tables = {part: found[split] for part, split in PARTS.items() if split in found}
+    columns = set(tables["training"].column_names)
     column = next((column for column in TEXT_COLUMNS if column in columns), None)
     if column is None:
-        return _decoded(name, found["train"]), _decoded(name, found["test"])
-    texts = found["train"][column], found["test"][column]
+        return tuple(_decoded(name, table) for table in tables.values())
+    texts = {part: table[column] for part, table in tables.items()}
     if columns == {column}:
-        fit, test = running(name, *texts)
-        return Split(*fit), Split(*test)
+        return tuple(Split(*stretches) for stretches in running(name, **texts))
     label = next((label for label in LABEL_COLUMNS if label in columns), None)
     if label is None:
         raise DataError(
             f"data {name!r} has the columns {', '.join(sorted(columns))}: beside {column} there must be a label column "
             f"({' or '.join(LABEL_COLUMNS)}), or nothing"
         )
-    inputs = classified(*texts)
-    labels = (torch.tensor(found[part][label], dtype=torch.int64) for part in ("train", "test"))
-    fit, test = (Split(x, y) for x, y in zip(inputs, labels, strict=True))
-    return fit, test
+    labels = (torch.tensor(table[label], dtype=torch.int64) for table in tables.values())
+    return tuple(Split(x, y) for x, y in zip(classified(*texts.values()), labels, strict=True))
 
 
 def _decoded(name: str, table: Any) -> Split:

@@ -18,7 +18,7 @@ CHARACTERS = 100
 FILLER, UNKNOWN = 0, 1
 
 
-def classified(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Tensor]:
+def classified(train: Sequence[str], *others: Sequence[str]) -> tuple[Tensor, ...]:
     """Texts as ids of their words, int64 ``(N, T)``, filled up on the left so that the last word stands last.
 
     Words are what stands between blanks, in small letters; the vocabulary is that of the training texts. T is the
@@ -38,23 +38,25 @@ def classified(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Tenso
         rows = [[ids.get(word, UNKNOWN) for word in text[:length]] for text in texts]
         return torch.tensor([[FILLER] * (length - len(row)) + row for row in rows], dtype=torch.int64)
 
-    return numbered(words), numbered([text.lower().split() for text in test])
+    return numbered(words), *(numbered([text.lower().split() for text in texts]) for texts in others)
 
 
-def running(name: str, train: Sequence[str], test: Sequence[str]) -> tuple[tuple[Tensor, Tensor], ...]:
+def running(name: str, **parts: Sequence[str]) -> tuple[tuple[Tensor, Tensor], ...]:
     """Lines of text as stretches of 100 characters and, as labels, the characters that follow each: ``(N, 100)`` twice.
 
     The end of a line is a character. Where the training text has its characters set apart by blanks, as prepared
-    corpora do, the blanks do not count. The stretches follow on one another; what is left at the end falls away.
+    corpora do, the blanks do not count. The stretches follow on one another; what is left at the end falls away. The
+    first of the `parts` is the training text.
 
     Raises:
-        DataError: the test text holds a character that the training text lacks, or there are fewer than 101.
+        DataError: another text holds a character that the training text lacks, or there are fewer than 101.
 
     >>> from vardrop.zoo.text import running
-    >>> (x, y), _ = running("mine", ["to be or not to be"] * 20, ["be"] * 40)
+    >>> (x, y), _ = running("mine", training=["to be or not to be"] * 20, test=["be"] * 40)
     >>> x.shape, bool((x[:, 1:] == y[:, :-1]).all())
     (torch.Size([3, 100]), True)
     """
+    train = next(iter(parts.values()))
     apart = all(len(token) == 1 for line in train for token in line.split())
     known: dict[str, int] = {}
 
@@ -71,4 +73,4 @@ def running(name: str, train: Sequence[str], test: Sequence[str]) -> tuple[tuple
         ids = torch.tensor([known[character] for character in text[: count * CHARACTERS + 1]])
         return ids[:-1].view(count, CHARACTERS), ids[1:].view(count, CHARACTERS)
 
-    return numbered(train, "training"), numbered(test, "test")
+    return tuple(numbered(lines, part) for part, lines in parts.items())
