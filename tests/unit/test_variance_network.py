@@ -117,8 +117,8 @@ def test_bad_fields(fields, message):
 
 
 def test_log_alpha_may_learn_at_a_rate_of_its_own():
-    net = vd.convert(nn.Linear(6, 5), vd.VarianceNetwork("layer", alpha_lr=0.1))
+    net = vd.convert(nn.Linear(6, 5), vd.VarianceNetwork(parameterisation="layer", alpha_lr=0.1))
     groups = vd.parameter_groups(net, lr=0.001)
     assert {group["lr"]: sum(map(torch.Tensor.numel, group["params"])) for group in groups} == {0.001: 35, 0.1: 1}
     with pytest.raises(InvalidValueError, match="alpha_lr"):
-        vd.VarianceNetwork("layer", alpha_lr=0.0)
+        vd.VarianceNetwork(parameterisation="layer", alpha_lr=0.0)
