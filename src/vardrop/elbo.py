@@ -18,7 +18,7 @@ from vardrop.sites import Site, sites
 def kl(model: nn.Module) -> Tensor:
     """KL of all noise in `model` to its priors: a sum over every weight, in nats; differentiable scalar.
 
-    Zero for a model without noise.
+    Zero for a model without noise. Where a method has a ``kl_factor``, its KL is counted that many times.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.kl(net).requires_grad
@@ -29,7 +29,7 @@ def kl(model: nn.Module) -> Tensor:
 
 def kl_at(model: nn.Module, found: list[Site]) -> Tensor:
     """:func:`kl` where the sites of `model` are known already."""
-    parts = [site.method.kl(site.noise, site.weight) for site in found]
+    parts = [site.method.price(site.noise, site.weight) for site in found]
     first = next(model.parameters(), torch.zeros(()))
     return sum(parts[1:], parts[0]) if parts else torch.zeros((), device=first.device)
 

@@ -88,6 +88,14 @@ def test_parts_of_a_net_may_have_gates_and_others_noise_on_weights():
     assert "gate" in dict(model[0].named_children()) and "noise" not in dict(model[0].named_children())
 
 
+def test_a_factor_on_the_kl_of_one_layer_weighs_in_the_objective_and_changes_nothing_else():
+    model = vd.convert(net(), {"0": vd.StructuredBP(kl_factor=40.0), "*": vd.StructuredBP()})
+    first, *others = (site.method.kl(site.noise, site.weight).item() for site in vd.sites(model))
+    assert first > 0 and vd.kl(model).item() == pytest.approx(40 * first + sum(others))
+    plain = vd.convert(net(), vd.StructuredBP())
+    assert [first, *others] == [site.method.kl(site.noise, site.weight).item() for site in vd.sites(plain)]
+
+
 def test_draws_are_one_for_each_example_and_unit_never_for_positions():
     model = vd.convert(nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU()), vd.StructuredVBD(place="input"))
     with torch.no_grad():
@@ -179,6 +187,7 @@ def test_parameters_are_projected_into_their_domain():
         (lambda: vd.StructuredBP(init_log_sigma=-21.0), "init_log_sigma=-21.0"),
         (lambda: vd.StructuredBP(low=0.0), r"StructuredBP\(low=0.0, high=0.0\): must satisfy low < high"),
         (lambda: vd.StructuredBP(place="left"), "place='left'"),
+        (lambda: vd.StructuredBP(kl_factor=-1.0), r"StructuredBP\(kl_factor=-1.0\)"),
         (lambda: vd.StructuredBP(draws="unit"), "draws='unit'"),
         (lambda: vd.BetaBernoulli(threshold=float("nan")), "threshold=nan"),
         (lambda: vd.BetaBernoulli().cutoff(float("nan")), "threshold=nan"),
