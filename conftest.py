@@ -23,8 +23,9 @@ def _doctest_names(doctest_namespace: dict) -> None:
 
 
 @pytest.fixture
-def load_script() -> Callable[[str], ModuleType]:
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Gives a script of the folder results by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "results")
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "results" / f"{name}.py")

@@ -8,11 +8,11 @@ made anew of what is stored.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 from torch import Tensor, nn
 
@@ -74,11 +74,7 @@ def table(stored: dict[str, Any]) -> str:
 
 def page(stored: dict[str, Any]) -> str:
     """The whole of docs/variance_networks.md."""
-    runs = [
-        f"- {run['run']}: `{run['net']}` on `{run['data']}`, `{run['method']['name']}` on layer "
-        f"{', '.join(run['include']) or 'all'}, {run['schedule']['epochs']} epochs, seed {run['schedule']['seed']}"
-        for run in stored["runs"]
-    ]
+    runs = "\n".join(map(pages.line, stored["runs"]))
     return (
         "# What a net without means knows\n\n"
         "A variance network has weights of mean zero: all that it has learned lies in how much they vary. One "
@@ -87,7 +83,7 @@ def page(stored: dict[str, Any]) -> str:
         "## Where it is kept\n\nTest accuracy after one layer has lost its means or the places of its standard "
         "deviations, without any further training. Made by `python results/information_flow.py --write` from "
         "`results/information_flow.json`; `python results/information_flow.py RUN...` evaluates finished runs anew. "
-        f"Torch {stored['torch']}.\n\n{table(stored)}\n" + "\n".join(runs) + "\n\n## Two units and four classes\n\n"
+        f"Torch {stored['torch']}.\n\n{table(stored)}\n{runs}\n\n## Two units and four classes\n\n"
         "Samples of the two units of a zero-mean layer for points of four classes, from several starts: all that a "
         "unit can say is how far from zero it falls. Drawn by `python results/variance_toy.py`.\n\n"
         f"![Activations of two units without a mean]({TOY})\n"
@@ -95,14 +91,9 @@ def page(stored: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", help="folders that `vardrop compress` wrote")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--write", action="store_true", help="only make the page of what is stored")
-    given = parser.parse_args(arguments)
-    if given.write == bool(given.runs):
-        parser.error("give either runs, or --write alone")
+    known = pages.parser(__doc__)
+    known.add_argument("--samples", type=int, default=20)
+    given = pages.parse(known, arguments)
     if given.runs:
         found, ready = [], []
         for folder in given.runs:
@@ -110,12 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
             data = load_data(run["config"]["data"], data_root=given.data_root)
             ready.append((folder, run, data, ablated(load_noisy(folder, data), seed=run["seed"])))
         for folder, run, data, nets in ready:
-            config = run["config"]
             rows = information_flow(nets, *data.test, samples=given.samples, seed=run["seed"])
-            kept = {key: config[key] for key in ("net", "data", "method", "include", "schedule")}
-            found.append({"run": folder.name, **kept, "commit": run["commit"], "rows": rows})
-        stored = {"torch": torch.__version__, "samples": given.samples, "runs": found}
-        replace_file(STORED, lambda path: path.write_text(json.dumps(stored, indent=1) + "\n"))
+            found.append({**pages.identity(folder, run), "rows": rows})
+        pages.keep(STORED, {"torch": torch.__version__, "samples": given.samples, "runs": found})
     stored = json.loads(STORED.read_text())
     replace_file(PAGE, lambda path: path.write_text(page(stored)))
     print(table(stored))

