@@ -100,7 +100,8 @@ class Cell:
         recipe = self.run.recipe
         budget = dict(recipe[self.budget])
         method = _method(recipe["method"], recipe.get("fields", {}) | budget.pop("fields", {}))
-        parts = {pattern: dataclasses.replace(method, **values) for pattern, values in recipe.get("parts", {}).items()}
+        changed = recipe.get("parts", {}) | budget.pop("parts", {})
+        parts = {pattern: dataclasses.replace(method, **values) for pattern, values in changed.items()}
         before = self.before
         return Job(
             net=budget.pop("net", recipe["net"]),
