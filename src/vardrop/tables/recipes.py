@@ -36,6 +36,9 @@ RECIPE = {
     "short",
 }
 
+BUDGET = {"net", "pretrain", "fields", "parts"}
+"""What a budget may say beside its schedule."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -322,7 +325,7 @@ def _recipe(name: str, common: Mapping[str, Any], row: Mapping[str, Any]) -> dic
     for budget in get_args(Budget):
         recipe[budget] = {**common.get(budget, {}), **row.get(budget, {})}
         for key in recipe[budget]:
-            _known(f"{budget} of row {row['name']!r} of table {name}", key, SCHEDULE | {"net", "pretrain", "fields"})
+            _known(f"{budget} of row {row['name']!r} of table {name}", key, SCHEDULE | BUDGET)
     for key in row:
         _known(f"row {row['name']!r} of table {name}", key, RECIPE | {"name", "paper", "std", "reason"})
     if recipe.get("from", SMALL) not in (SMALL, NOISY):
