@@ -208,6 +208,9 @@ def sweep(
 def reproduce(
     tables: Annotated[list[str] | None, typer.Argument(help="Tables by id, or all; see --list")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Only this column of a table whose columns are networks; may be repeated")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each row, with seeds from 0; 0 only shows what is there")] = 5,
     budget: Annotated[Literal["full", "short"], typer.Option(help="The paper's schedule, or a short one")] = "full",
     jobs: Annotated[int, typer.Option(help="Runs side by side")] = 1,
@@ -237,7 +240,8 @@ def reproduce(
         console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds))
         return
     options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder, together=together)
-    if command.reproduce(tables, options, console, budget=budget, seeds=seeds, rows=row or (), store=store):
+    asked = {"rows": row or (), "columns": column or ()}
+    if command.reproduce(tables, options, console, budget=budget, seeds=seeds, store=store, **asked):
         raise typer.Exit(1)
 
 

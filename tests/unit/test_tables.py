@@ -168,6 +168,20 @@ def test_unknown_tables_rows_and_methods_name_those_that_there_are(tmp_path):
         load_tables(tmp_path / "nothing")
 
 
+def test_a_table_of_networks_may_be_run_for_some_of_them():
+    cells = cells_of([TABLES["vbd-1-mnist"]], "full", 2, ["VBD"], ["n=100", "n=580"])
+    assert [cell.place.removeprefix("vbd-1-mnist/") for cell in cells] == [
+        "vbd-n-100/full-seed-0",
+        "vbd-n-580/full-seed-0",
+        "vbd-n-100/full-seed-1",
+        "vbd-n-580/full-seed-1",
+    ]
+    with pytest.raises(InvalidValueError, match=r"column 'n=7' is no network of table vbd-1-mnist; it has: n=100"):
+        cells_of([TABLES["vbd-1-mnist"]], "full", 1, columns=["n=7"])
+    with pytest.raises(InvalidValueError, match="'error' is no network of table svd-mnist-fc; its columns are figures"):
+        cells_of([TABLES["svd-mnist-fc"]], "full", 1, columns=["error"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"jobs": 0}, "jobs=0: must be at least 1"), ({"device": "tpu"}, "device='tpu': must be one of auto, cpu, cuda")],

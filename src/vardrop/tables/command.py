@@ -27,6 +27,7 @@ def reproduce(
     budget: Budget,
     seeds: int,
     rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
     store: Path | None = None,
 ) -> dict[str, str]:
     """Runs the cells that are missing and shows the tables; gives what failed, cells and tables, with the reasons.
@@ -40,14 +41,15 @@ def reproduce(
         budget: ``"full"`` or ``"short"``.
         seeds: runs of each row, with seeds from 0; 0 to show what is there.
         rows: names of rows; empty for all.
+        columns: names of columns that are networks; empty for all.
         store: folder that gets a small record of each cell as soon as it is finished.
 
     Raises:
-        InvalidValueError: there is no such table or row, or an option is out of range.
+        InvalidValueError: there is no such table, row or column, or an option is out of range.
         DataError: nothing can be run for want of data.
     """
     tables = find_tables(names, options.recipes)
-    cells = cells_of(tables, budget, seeds, rows)
+    cells = cells_of(tables, budget, seeds, rows, columns)
     with watching(console, cells, options.folder) if cells else nullcontext() as watch:
         outcome = run_cells(cells, options, _storing(watch or Watch(), options, store))
     for table in tables:

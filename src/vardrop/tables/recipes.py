@@ -183,18 +183,23 @@ class Table:
     statistic: Literal["mean", "median"] = "mean"
     orderings: tuple[Ordering, ...] = field(default=())
 
-    def runs(self, rows: Sequence[str] = ()) -> Iterator[Run]:
-        """What is trained for the `rows` called so, or for all.
+    def runs(self, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Iterator[Run]:
+        """What is trained for the `rows` called so, or for all; of a table of networks, for these `columns`, or all.
 
         Raises:
-            InvalidValueError: the table has no such row.
+            InvalidValueError: the table has no such row, or no network in such a column.
         """
         for name in rows:
             if name not in self.rows:
                 raise InvalidValueError(f"row {name!r} is not in table {self.id}; it has: {', '.join(self.rows)}")
+        networks = self.columns if self.kind else ()
+        for name in columns:
+            if name not in networks:
+                has = f"it has: {', '.join(networks)}" if networks else "its columns are figures of the same run"
+                raise InvalidValueError(f"column {name!r} is no network of table {self.id}; {has}")
         for name, row in self.rows.items():
             if not rows or name in rows:
-                yield from row.runs.values()
+                yield from (run for column, run in row.runs.items() if not columns or column in columns)
 
 
 @cache

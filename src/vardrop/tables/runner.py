@@ -98,7 +98,9 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def cells_of(tables: Sequence[Table], budget: Budget, seeds: int, rows: Sequence[str] = ()) -> list[Cell]:
+def cells_of(
+    tables: Sequence[Table], budget: Budget, seeds: int, rows: Sequence[str] = (), columns: Sequence[str] = ()
+) -> list[Cell]:
     """The cells of the tables, those that others start from before these, each once.
 
     Raises:
@@ -109,7 +111,7 @@ def cells_of(tables: Sequence[Table], budget: Budget, seeds: int, rows: Sequence
     if seeds < 0:
         raise InvalidValueError(f"seeds={seeds}: must be at least 0")
     found: dict[str, Cell] = {}
-    runs = [run for table in tables for run in table.runs(rows)]
+    runs = [run for table in tables for run in table.runs(rows, columns)]
     for seed in range(seeds):
         for run in runs:
             chain = [Cell(run, budget, seed)]
