@@ -213,6 +213,16 @@ def test_marks_say_within_better_or_short_by_how_much(name, ours, std, paper, pa
     assert mark(FIGURES[name], Joined(ours, std, 5), paper, paper_std) == said
 
 
+@pytest.mark.parametrize(("net", "units"), [("mlp-20", "20-10, better"), ("mlp-10", "20-10")])
+def test_units_of_another_net_are_not_held_against_the_papers(tmp_path, net, units):
+    changed = {'["error", "compression"]': '["error", "units"]', "compression = 10": "units = [784, 100]"}
+    table = tables_in(tmp_path, **changed, **{"compression = 20": "units = [784, 100]", '["compression"]': '["units"]'})
+    found, kept = Found(), record(2.5, 10.0, net)
+    kept["pruned"]["units"], kept["compacted"] = "20-10", {}
+    found.add(table.rows["A"].runs[""].place, "full", 0, kept)
+    assert lines_of(table, found)[1].cells == ("2.50, within", units)
+
+
 def test_seeds_are_joined_by_mean_or_median_with_the_sample_deviation():
     assert join([], "mean") is None
     assert join([2.0], "mean") == Joined(2.0, None, 1)

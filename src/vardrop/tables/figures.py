@@ -25,6 +25,7 @@ class Figure:
         digits: decimals that the papers print.
         better: which way is better, or ``None`` where neither is.
         need: what must be measured after the run to have it, and where the record keeps that.
+        counts: whether it counts parts of the net, so that a net of another width is not held against the paper's.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Figure:
     digits: int = 0
     better: Literal["lower", "higher"] | None = None
     need: Need | None = None
+    counts: bool = False
 
     def show(self, value: Value | None) -> str:
         """The figure as text; a list of layers is joined by dashes.
@@ -165,7 +167,7 @@ FIGURES = {
         1,
         "higher",
     ),
-    "units": Figure("units per layer", _units, 0, "lower"),
+    "units": Figure("units per layer", _units, 0, "lower", counts=True),
     "speedup_cpu": Figure("speed-up, CPU", _ratio("times", TIMED, "saved"), 2, "higher", "times"),
     "speedup_gpu": Figure("speed-up, GPU", lambda record: None, 2, "higher"),
     "speedup_flops": Figure("speed-up, FLOPs", _ratio("sizes", "authors_flops", "saved"), 2, "higher", "sizes"),

@@ -118,8 +118,10 @@ def _heading(table: Table) -> str:
 def _ours(table: Table, row: Row, found: Found) -> list[Line]:
     lines = []
     for budget in found.budgets(list(row.runs.values())):
+        alike = not _other_nets(row, budget, found)
         cells = [
-            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name) for name in table.columns
+            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, alike=alike)
+            for name in table.columns
         ]
         lines.append(Line(row.name, _origin(row, budget, found), tuple(cells), row.reason))
     if not lines:
@@ -133,8 +135,15 @@ def _origin(row: Row, budget: str, found: Found) -> str:
     records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
     epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
     told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
-    nets = {record["config"]["net"] for _, record in records} - {run.recipe["net"] for run in row.runs.values()}
-    return ", ".join([told, *sorted(nets), _seeds({seed for seed, _ in records})])
+    return ", ".join([told, *_other_nets(row, budget, found), _seeds({seed for seed, _ in records})])
+
+
+def _other_nets(row: Row, budget: str, found: Found) -> list[str]:
+    """The nets that were run in place of the table's own."""
+    own = {run.recipe["net"] for run in row.runs.values()}
+    return sorted(
+        {record["config"]["net"] for run in row.runs.values() for record in found.of(run, budget).values()} - own
+    )
 
 
 def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> Joined | None:
@@ -145,11 +154,11 @@ def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> J
     return join([value for value in read if value is not None], table.statistic)
 
 
-def _cell(figure: Figure, joined: Joined | None, row: Row, column: str) -> str:
+def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, *, alike: bool) -> str:
     if joined is None:
         return DASH
     text = _with_std(figure, joined.value, joined.std)
-    paper = row.paper.get(column)
+    paper = row.paper.get(column) if alike or not figure.counts else None
     said = "" if paper is None else mark(figure, joined, paper, row.std.get(column))
     return f"{text}, {said}" if said else text
 
