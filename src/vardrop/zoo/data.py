@@ -31,6 +31,9 @@ DATASETS = {
 HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}
 """The part to take of Hub data sets that come in several."""
 
+PARTS = {"training": "train", "test": "test", "validation": "validation"}
+"""The parts of a data set, and what they are called on the Hub; the last may be missing."""
+
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -132,10 +135,6 @@ def validation_split(split: Split, count: int, *, seed: int) -> tuple[Split, Spl
     order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(seed))
     apart, rest = order[:count], order[count:]
     return Split(split.x[rest], split.y[rest]), Split(split.x[apart], split.y[apart])
-
-
-PARTS = {"training": "train", "test": "test", "validation": "validation"}
-"""The parts of a data set, and what they are called on the Hub; the last may be missing."""
 
 
 def _checked(name: str, splits: Sequence[Split]) -> Data:
