@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -172,11 +173,12 @@ def compress_together(jobs: Mapping[Path, Job], *, listeners: Listeners | None =
 
 @dataclass
 class _Work:
-    """A job under way: its net and data, and what its record will say besides figures."""
+    """A job under way: its net, also before any unit left it, its data, and what its record will say."""
 
     job: Job
     folder: Path
     net: nn.Module
+    uncut: nn.Module
     data: Data
     fit: Split
     valid: Split | None
@@ -207,6 +209,7 @@ def _begin(job: Job, folder: Path) -> _Work:
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
+    uncut = deepcopy(net)
     if job.pretrained is not None:
         net = load_weights(net, job.pretrained)
     for parameter in net.parameters():
@@ -216,7 +219,7 @@ def _begin(job: Job, folder: Path) -> _Work:
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
-    return _Work(job, folder, net, data, fit, valid, torch.get_rng_state(), facts)
+    return _Work(job, folder, net, uncut, data, fit, valid, torch.get_rng_state(), facts)
 
 
 def _convert(work: _Work) -> Pruned:
@@ -224,8 +227,10 @@ def _convert(work: _Work) -> Pruned:
     job, net = work.job, work.net.cpu()
     if job.pretrain or (job.pretrained is not None and next(sites(net), None) is None):
         work.facts["original"] = _describe(net, work.data, work.folder / ORIGINAL)
-    convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
-    return count_alive(net)
+    chosen = {"include": job.include or None, "exclude": job.exclude or None}
+    convert(net, {**dict(job.parts), "*": job.method}, **chosen)
+    first = job.method.follows
+    return count_alive(net if first is None else convert(work.uncut, first(), **chosen))
 
 
 def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:

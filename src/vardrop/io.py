@@ -129,11 +129,12 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """`model` with the values stored at `path`, in place; from a folder also with its noise.
+    """`model` with the values stored at `path`, in place; from a folder also with its noise, and cut as that net was.
 
     Args:
-        model: the plain model; nothing is changed unless all fits.
-        path: a safetensors file with the state of such a model, or a folder written by :func:`save`.
+        model: the plain model, whole; nothing is changed unless all fits.
+        path: a safetensors file with the state of such a model, or a folder written by :func:`save`. A net without
+            noise must have all its units; one with noise may have lost some to :func:`vardrop.shrink`.
 
     Raises:
         StorageError: `path` is missing or damaged, or holds another net; then names and shapes stand side by side.
@@ -151,13 +152,12 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     if path.is_dir():
         record, tensors = _read(path)
         state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
-        noisy = {name: _methods_of(path, entry) for name, entry in record["methods"].items()}
+        if record["methods"]:
+            return load(path, lambda: model)
     else:
-        state, noisy = _read_file(path), {}
-    stored = {name: tuple(tensor.shape) for name, tensor in _without_noise(state, noisy).items()}
+        state = _read_file(path)
+    stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _refuse_other(path, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    attach(model, noisy)
-    _check_same(path, model, state)
     model.load_state_dict(state)
     return model
 

@@ -283,6 +283,21 @@ def test_a_run_that_shrinks_counts_against_the_original_and_ends_like_any_other(
     assert done.returncode == 1 and "differs in schedule" in done.stderr
 
 
+def test_the_second_stage_takes_a_net_that_shrank_and_counts_against_the_whole_one(tmp_path):
+    first = vd.convert(build_net("mlp-20", input_shape=(1, 8, 8), num_classes=10), vd.BetaBernoulli())
+    with torch.no_grad():
+        first[3].gate.raw_a[:12] = -10.0
+    vd.shrink(first, torch.optim.Adam(first.parameters()), torch.rand(1, 1, 8, 8))
+    assert first[3].in_features == 8
+    vd.save(first, tmp_path / "noisy")
+    schedule = Schedule(epochs=1, batch_size=100, decay_from=1, warmup_start=0, warmup_epochs=0)
+    job = Job("mlp-20", "digits", vd.DependentBetaBernoulli(), schedule, pretrained=tmp_path / "noisy")
+    run = compress(job, tmp_path / "b")
+    assert run["layers"] == {"1.gate": 64, "3.gate": 20, "5.gate": 20, "7.gate": 20}
+    assert run["pruned"]["alive"]["3.gate"] <= 8 and run["pruned"]["compression"] > 1.0
+    assert run["compacted"]["largest_difference"] < 1e-4
+
+
 def test_stored_weights_of_another_net_are_refused_side_by_side(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(build_net("mlp-30", input_shape=(1, 8, 8), num_classes=10).state_dict(), path)
