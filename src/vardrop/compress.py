@@ -21,12 +21,12 @@ from vardrop.checkpoint import Epoch
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import replace_file
-from vardrop.io import load_weights, save, size_on_disk
+from vardrop.io import load_weights, methods_by_layer, save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
 from vardrop.methods import Method
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
-from vardrop.surgery.convert import convert
+from vardrop.surgery.convert import attach, convert
 from vardrop.surgery.prune import Pruned, count_alive, prune
 from vardrop.surgery.selection import select_inputs
 from vardrop.surgery.shrink import why_whole
@@ -173,12 +173,15 @@ def compress_together(jobs: Mapping[Path, Job], *, listeners: Listeners | None =
 
 @dataclass
 class _Work:
-    """A job under way: its net, also before any unit left it, its data, and what its record will say."""
+    """A job under way: its net, what could live in it before any unit left it, its data, and what its record will say.
+
+    `whole` is known from the start in a second stage, and else with the conversion.
+    """
 
     job: Job
     folder: Path
     net: nn.Module
-    uncut: nn.Module
+    whole: Pruned | None
     data: Data
     fit: Split
     valid: Split | None
@@ -209,9 +212,9 @@ def _begin(job: Job, folder: Path) -> _Work:
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
-    uncut = deepcopy(net)
+    whole = None
     if job.pretrained is not None:
-        net = load_weights(net, job.pretrained)
+        net, whole = _started(net, job.pretrained)
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
@@ -219,7 +222,7 @@ def _begin(job: Job, folder: Path) -> _Work:
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(job.config, indent=1)))
-    return _Work(job, folder, net, uncut, data, fit, valid, torch.get_rng_state(), facts)
+    return _Work(job, folder, net, whole, data, fit, valid, torch.get_rng_state(), facts)
 
 
 def _convert(work: _Work) -> Pruned:
@@ -227,10 +230,17 @@ def _convert(work: _Work) -> Pruned:
     job, net = work.job, work.net.cpu()
     if job.pretrain or (job.pretrained is not None and next(sites(net), None) is None):
         work.facts["original"] = _describe(net, work.data, work.folder / ORIGINAL)
-    chosen = {"include": job.include or None, "exclude": job.exclude or None}
-    convert(net, {**dict(job.parts), "*": job.method}, **chosen)
-    first = job.method.follows
-    return count_alive(net if first is None else convert(work.uncut, first(), **chosen))
+    convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
+    return work.whole or count_alive(net)
+
+
+def _started(net: nn.Module, stored: Path) -> tuple[nn.Module, Pruned | None]:
+    """`net` with the weights `stored`; where these have noise, also what could live before any unit left."""
+    uncut = deepcopy(net)
+    net = load_weights(net, stored)
+    methods = methods_by_layer(net)
+    attach(uncut, methods)
+    return net, count_alive(uncut) if methods else None
 
 
 def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
@@ -304,6 +314,7 @@ def _train(work: _Work, schedule: Schedule, folder: Path, listeners: Listeners) 
         num_data=work.fit.y.numel(),
         evaluate=work.evaluate,
         identity=work.identity,
+        whole=work.whole,
         on_step=listeners.on_step,
         on_epoch=listeners.on_epoch,
     )
@@ -320,6 +331,7 @@ def _train_together(
             work.folder / folder,
             work.identity,
             work.evaluate,
+            work.whole,
         )
         for work, schedule in zip(works, schedules, strict=True)
     ]

@@ -18,7 +18,8 @@ from vardrop.sites import Site, sites
 def kl(model: nn.Module) -> Tensor:
     """KL of all noise in `model` to its priors: a sum over every weight, in nats; differentiable scalar.
 
-    Zero for a model without noise. Where a method has a ``kl_factor``, its KL is counted that many times.
+    Zero for a model without noise. Where a method has a ``kl_factor``, its KL is counted that many times, as the
+    objective weighs it; :func:`vardrop.summary` gives the bare KL of each layer.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.kl(net).requires_grad
@@ -48,7 +49,7 @@ class ELBO:
 
     Attributes:
         nll: mean negative log-likelihood of the last call, nats per example.
-        kl: KL of the last call, nats, summed over all weights and not yet divided.
+        kl: :func:`kl` at the last call, nats, summed over all weights and not yet divided.
 
     >>> elbo = vd.ELBO(num_data=100, warmup=vd.warmup.linear(epochs=2))
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())

@@ -67,7 +67,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
             raise StorageError(f"{folder} exists and holds a stored model: pass overwrite=True to replace it")
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise StorageError(f"{folder} exists and holds something else: choose an empty or a new folder")
-    noisy = _methods(model)
+    noisy = methods_by_layer(model)
     tensors, aliases = _tensors(model)
     record = {
         "format": FORMAT,
@@ -132,9 +132,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """`model` with the values stored at `path`, in place; from a folder also with its noise, and cut as that net was.
 
     Args:
-        model: the plain model, whole; nothing is changed unless all fits.
+        model: the plain model, whole.
         path: a safetensors file with the state of such a model, or a folder written by :func:`save`. A net without
-            noise must have all its units; one with noise may have lost some to :func:`vardrop.shrink`.
+            noise must have all its units, and `model` is not changed unless it has; one with noise may have lost some
+            to :func:`vardrop.shrink`, so that a narrower net passes for one that did.
 
     Raises:
         StorageError: `path` is missing or damaged, or holds another net; then names and shapes stand side by side.
@@ -185,7 +186,7 @@ def size_on_disk(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _methods(model: nn.Module) -> dict[str, tuple[Method, ...]]:
+def methods_by_layer(model: nn.Module) -> dict[str, tuple[Method, ...]]:
     """The methods of every noisy layer, each once, also where two layers share one noise."""
     found = {
         name: tuple(dict.fromkeys(held.noise.method for held in noises(layer))) for name, layer in model.named_modules()

@@ -160,7 +160,7 @@ def _study(job: Job, folder: Path, against: Against, storage: str | None) -> tup
 
 def _with(job: Job, chosen: Mapping[str, Any]) -> Job:
     """`job` with other values in its method and its schedule."""
-    own = {field.name for field in fields(job.method)}
+    own = {field.name for field in fields(job.method)} - {field.name for field in fields(Schedule)}
     whole = {field.name for field in fields(Schedule) if field.type == "int"}
     schedule = {field: round(value) if field in whole else value for field, value in chosen.items() if field not in own}
     method = {field: value for field, value in chosen.items() if field in own}

@@ -20,7 +20,7 @@ from vardrop.errors import ApartError, InvalidValueError, TrainingError
 from vardrop.methods import Method
 from vardrop.noise import AdversarialNoise
 from vardrop.sites import batched, sites
-from vardrop.surgery.prune import count_alive, would_live
+from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.sizes import sizes
 from vardrop.train import Loader, Schedule, accelerator_of, living
 
@@ -39,6 +39,7 @@ class Member:
         folder: where its checkpoint and its history go.
         identity: a text that tells it from other runs.
         evaluate: gives its validation and its test error.
+        whole: what its history counts against; ``None`` for all that may live in its net.
     """
 
     net: nn.Module
@@ -47,6 +48,7 @@ class Member:
     folder: Path
     identity: str
     evaluate: Callable[[nn.Module], tuple[float | None, float | None]]
+    whole: Pruned | None = None
 
 
 def train_together(
@@ -140,7 +142,7 @@ def _train(
     """Takes members that stand at the same epoch to the end; their `histories` grow."""
     accelerator = accelerator_of()
     schedule = members[0].schedule
-    wholes = [count_alive(member.net) for member in members]
+    wholes = [member.whole or count_alive(member.net) for member in members]
     for member, found in zip(members, stored, strict=True):
         member.batches.to(accelerator.device)
         if found is not None:

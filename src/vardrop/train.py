@@ -108,6 +108,7 @@ def train(
     num_data: int,
     evaluate: Callable[[nn.Module], tuple[float | None, float | None]],
     identity: str,
+    whole: Pruned | None = None,
     checkpoint_seconds: float = 5.0,
     on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -127,6 +128,7 @@ def train(
         num_data: labels of the training data, for the ELBO.
         evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
         identity: a text that tells this run from others; a checkpoint with another one is refused.
+        whole: what the history counts against; ``None`` for all that may live in `net`.
         checkpoint_seconds: least time between checkpoints.
         on_step: called after every step.
         on_epoch: called after every epoch with its line of the history, and first with the last stored one.
@@ -139,7 +141,7 @@ def train(
     batches.to(accelerator.device)
     if schedule.shrink_every is not None and accelerator.num_processes > 1:
         raise InvalidValueError(f"shrink_every={schedule.shrink_every}: a net can shrink in a single process only")
-    whole = count_alive(net)
+    whole = whole or count_alive(net)
     optimizer = schedule.optimizer(net)
     shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
     elbo = schedule.elbo(num_data)

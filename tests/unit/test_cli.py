@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import vardrop as vd
 from vardrop import cli
 from vardrop.cli import make_method
-from vardrop.compress import Job, compress
+from vardrop.compress import Job, compress, error_and_nll
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.evaluate import load_small, read_run
 from vardrop.report import report
@@ -322,8 +322,8 @@ def test_layers_are_chosen_by_name(tmp_path):
 def test_the_whole_road_of_a_recurrent_net_on_text(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    for part in ("train", "test", "validation"):
-        (folder / f"{part}.txt").write_text("to be or not to be\n" * 60)
+    for part, line in (("train", "to be or not to be"), ("test", "to be or not to be"), ("validation", "be or not")):
+        (folder / f"{part}.txt").write_text(f"{line}\n" * 60)
     options = ["--data", "texts", "--data-root", tmp_path, "--batch-size", "4", "--lr", "0.02", "--clip-norm", "1"]
     options += ["--pretrain", "2", "--epochs", "2", "--warmup-epochs", "2"]
     done = vardrop("compress", "char-lstm-8", "--out", tmp_path / "a", *options)
@@ -331,6 +331,8 @@ def test_the_whole_road_of_a_recurrent_net_on_text(tmp_path):
     run = read_run(tmp_path / "a")
     assert list(run["layers"]) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "output"]
     assert run["original"]["error"] < 0.8 and run["compacted"]["largest_difference"] < 1e-4
-    assert run["pruned"]["valid_nll"] == pytest.approx(run["pruned"]["nll"])
+    data = load_data("texts", data_root=tmp_path)
+    apart = error_and_nll(load_small(tmp_path / "a", data), data.validation)[1]
+    assert run["pruned"]["valid_nll"] == pytest.approx(apart, abs=1e-4) != run["pruned"]["nll"]
     assert vardrop("evaluate", tmp_path / "a", "--samples", 2, "--data-root", tmp_path).returncode == 0
     assert vardrop("report", tmp_path / "a").returncode == 0

@@ -382,3 +382,14 @@ def test_stored_records_are_small_and_found_again(tmp_path):
     assert stored["history"] == [{}] and stored["config"]["pretrained"] == "own/a/full-seed-1"
     keep(cell, {**whole, "history": [{}, {}]}, tmp_path / "results")
     assert json.loads(path.read_text())["history"] == [{}, {}]
+
+
+@pytest.mark.parametrize("field", ["threshold", "treshold"])
+def test_a_budget_may_change_parts_of_the_method(tmp_path, field):
+    full = f'full = {{ parts = {{ "1" = {{ {field} = 0.5 }} }}, epochs'
+    cell = Cell(tables_in(tmp_path, **{"full = { epochs": full}).rows["A"].runs[""], "full", 0)
+    if field == "threshold":
+        assert cell.job(tmp_path).parts == (("1", vd.ARD(threshold=0.5)),)
+    else:
+        with pytest.raises(InvalidValueError, match="a field of method ard: 'treshold' is unknown"):
+            cell.job(tmp_path)

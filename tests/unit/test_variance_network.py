@@ -122,3 +122,5 @@ def test_log_alpha_may_learn_at_a_rate_of_its_own():
     assert {group["lr"]: sum(map(torch.Tensor.numel, group["params"])) for group in groups} == {0.001: 35, 0.1: 1}
     with pytest.raises(InvalidValueError, match="alpha_lr"):
         vd.VarianceNetwork(parameterisation="layer", alpha_lr=0.0)
+    with pytest.raises(InvalidValueError, match="'zero-mean' weights, which have no alpha to learn"):
+        vd.VarianceNetwork(alpha_lr=0.1)

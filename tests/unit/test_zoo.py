@@ -260,7 +260,7 @@ def test_examples_that_the_data_set_itself_sets_apart_are_read(tmp_path):
     assert [len(split.y) for split in (data.train, data.test, data.validation)] == [2, 1, 3]
     assert data.validation.x[0, :4].tolist() == [2, 3, 1, 0]
     lot = load_data("texts:random-labels", data_root=tmp_path)
-    assert lot.validation.y.shape == data.validation.y.shape
+    assert lot.validation.y.shape == data.validation.y.shape and not torch.equal(lot.validation.y, data.validation.y)
     with pytest.raises(DataError, match="validation text of 'texts' holds 'x'"):
         text_folder(tmp_path, ["abc"] * 60, ["cab"] * 30, validation=["xyz"] * 90)
 

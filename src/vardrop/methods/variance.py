@@ -63,6 +63,11 @@ class VarianceNetwork(WeightMethod):
             check_range(self, field, above=-40.0, below=40.0, closed=True)
         if self.alpha_lr is not None:
             check_range(self, "alpha_lr", above=0.0)
+            if self.parameterisation in ("zero-mean", "additive"):
+                raise InvalidValueError(
+                    f"VarianceNetwork(alpha_lr={self.alpha_lr}): must be None with {self.parameterisation!r} weights, "
+                    "which have no alpha to learn"
+                )
         if self.rule is not None or self.threshold is not None:
             raise InvalidValueError(
                 f"VarianceNetwork(rule={self.rule!r}, threshold={self.threshold}): must both be None, since a rule "

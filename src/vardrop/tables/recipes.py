@@ -48,7 +48,8 @@ class Run:
         table: id of the table that it belongs to.
         row: name of its row.
         column: the column that it fills, or "" for all.
-        recipe: net, data, method, its fields, and a schedule for each budget, which may name another net.
+        recipe: net, data, method, its fields, and a schedule for each budget, which may name another net,
+            and other fields or parts of the method; a part of a budget stands in the place of the row's.
         needs: what else must be measured for any table that shows it.
         before: the run whose net it starts from.
     """
@@ -102,9 +103,10 @@ class Cell:
         """
         recipe = self.run.recipe
         budget = dict(recipe[self.budget])
-        method = _method(recipe["method"], recipe.get("fields", {}) | budget.pop("fields", {}))
+        fields = recipe.get("fields", {}) | budget.pop("fields", {})
+        method = _method(recipe["method"], fields)
         changed = recipe.get("parts", {}) | budget.pop("parts", {})
-        parts = {pattern: dataclasses.replace(method, **values) for pattern, values in changed.items()}
+        parts = {pattern: _method(recipe["method"], fields | values) for pattern, values in changed.items()}
         before = self.before
         return Job(
             net=budget.pop("net", recipe["net"]),

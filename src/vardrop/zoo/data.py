@@ -75,7 +75,8 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
         spec: a name in ``DATASETS`` such as ``mnist`` (``digits`` comes with scikit-learn), the id of another data set
             on the Hub, or one's own ``file.py:function`` that returns ``((x_train, y_train), (x_test, y_test))``. A
             Hub data set holds images and labels; or texts and labels (see :func:`vardrop.zoo.text.classified`); or
-            texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Of one's own,
+            texts alone, for the prediction of the next character (:func:`vardrop.zoo.text.running`). Beside the splits
+            train and test, a split called validation is read where there is one, and must be sound too. Of one's own,
             int64 inputs stay as they are, such as token ids, all others become float32. Behind the name of a data set,
             ``:random-labels`` gives each example a label by lot, so that there is nothing to learn but by heart
             (arXiv:1701.05369, section 5.4).
