@@ -240,8 +240,10 @@ def reproduce(
         console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds))
         return
     options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder, together=together)
-    asked = {"rows": row or (), "columns": column or ()}
-    if command.reproduce(tables, options, console, budget=budget, seeds=seeds, store=store, **asked):
+    failed = command.reproduce(
+        tables, options, console, budget=budget, seeds=seeds, rows=row or (), columns=column or (), store=store
+    )
+    if failed:
         raise typer.Exit(1)
 
 

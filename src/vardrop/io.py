@@ -116,7 +116,12 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     model = build() if callable(build) and not isinstance(build, nn.Module) else None
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
-    state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
+    return _filled(folder, model, record, tensors)
+
+
+def _filled(folder: Path, model: nn.Module, record: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """The freshly built `model`, cut, converted and with the values of what `folder` stores."""
+    state = _with_aliases(record, tensors)
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
     _hang_children(folder, model, record.get("gates", {}), record.get("selections", {}))
     _check_fits(folder, model, record, _without_noise(state, noisy))
@@ -152,15 +157,20 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     if path.is_dir():
         record, tensors = _read(path)
-        state = {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
         if record["methods"]:
-            return load(path, lambda: model)
+            return _filled(path, model, record, tensors)
+        state = _with_aliases(record, tensors)
     else:
         state = _read_file(path)
     stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _refuse_other(path, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     model.load_state_dict(state)
     return model
+
+
+def _with_aliases(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors under all of their names."""
+    return {**tensors, **{alias: tensors[name] for alias, name in record["aliases"].items()}}
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -118,24 +118,24 @@ def _heading(table: Table) -> str:
 def _ours(table: Table, row: Row, found: Found) -> list[Line]:
     lines = []
     for budget in found.budgets(list(row.runs.values())):
-        alike = not _other_nets(row, budget, found)
+        others = _other_nets(row, budget, found)
         cells = [
-            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, alike=alike)
+            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, alike=not others)
             for name in table.columns
         ]
-        lines.append(Line(row.name, _origin(row, budget, found), tuple(cells), row.reason))
+        lines.append(Line(row.name, _origin(row, budget, found, others), tuple(cells), row.reason))
     if not lines:
         remark = row.not_run or "; ".join(filter(None, ("not run yet", row.reason)))
         lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), remark))
     return lines
 
 
-def _origin(row: Row, budget: str, found: Found) -> str:
+def _origin(row: Row, budget: str, found: Found, others: list[str]) -> str:
     """Budget, epochs and seeds of our figures, and the net where it is not that of the table."""
     records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
     epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
     told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
-    return ", ".join([told, *_other_nets(row, budget, found), _seeds({seed for seed, _ in records})])
+    return ", ".join([told, *others, _seeds({seed for seed, _ in records})])
 
 
 def _other_nets(row: Row, budget: str, found: Found) -> list[str]:
