@@ -95,6 +95,22 @@ def weigh(
     return found
 
 
+def mixture_log_density(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
+    """Log-density in nats of ``sum_k share_k N(mean_k, 1 / precision_k)`` at each element of `x`, in its shape.
+
+    One compiled pass, and one back: nothing of the size of `x` times the components, as :func:`log_joint` has it.
+    """
+    found: Tensor = _MixtureLogDensity.apply(x, means, log_precisions, log_shares)  # type: ignore[no-untyped-call]
+    return found
+
+
+def log_joint(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> tuple[Tensor, Tensor]:
+    """``log(share * density)`` of each component at each point and its distance in stds, ``(components, points)``."""
+    distance = (x - means[:, None]) * (0.5 * log_precisions).exp()[:, None]
+    peaks = log_shares + 0.5 * (log_precisions - math.log(2.0 * math.pi))
+    return peaks[:, None] - 0.5 * distance.square(), distance
+
+
 def normal(count: int, key: Tensor) -> Tensor:
     """`count` standard normal float32 numbers that follow from the two 32-bit words of `key`, by Box and Muller."""
     counter = torch.arange(count, dtype=torch.int32, device=key.device)
@@ -192,6 +208,38 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return gradient, _elementwise(_sample_backward, slope, gradient, compiled=ctx.compiled), None, None
+
+
+class _MixtureLogDensity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *components: Tensor) -> Tensor:
+        flat = compile_kernel(_mixture)(_flat(x, x), *(part.detach() for part in components))
+        ctx.save_for_backward(x, *components, flat)
+        return _unflat(flat, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, *components, flat = ctx.saved_tensors
+        by_x, *by_components = compile_kernel(_mixture_backward)(_flat(x, x), *components, flat, _flat(gradient, x))
+        return _unflat(by_x, x), *by_components
+
+
+def _mixture(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
+    joint, _ = log_joint(x, means, log_precisions, log_shares)
+    highest = joint.amax(dim=0)
+    return highest + (joint - highest).exp().sum(dim=0).log()
+
+
+def _mixture_backward(
+    x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor, total: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    joint, distance = log_joint(x, means, log_precisions, log_shares)
+    weight = (joint - total).exp() * gradient
+    pull, root = weight * distance, (0.5 * log_precisions).exp()
+    by_share = weight.sum(dim=1)
+    by_log_precision = 0.5 * (by_share - (pull * distance).sum(dim=1))
+    return -(root[:, None] * pull).sum(dim=0), root * pull.sum(dim=1), by_log_precision, by_share
 
 
 def _elementwise(kernel: Callable[..., Tensor], x: Tensor, other: Tensor | torch.dtype, *, compiled: bool) -> Tensor:

@@ -305,3 +305,31 @@ def test_the_trained_error_is_that_of_the_reference_within_seed_noise():
     gap = (found[True].mean(0) - found[False].mean(0)).abs()
     assert (found[True][:, 0] < 12).all(), "neither path may win by not learning"
     assert (gap < 3 * spread * math.sqrt(2 / 4)).all(), (found, spread)
+
+
+@compiler
+@pytest.mark.parametrize("kind", ["linear", "channels-last"])
+def test_the_mixture_of_soft_weight_sharing_is_the_plain_one_in_one_pass(kind):
+    host = nn.Linear(40, 30) if kind == "linear" else nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last)
+    net = vd.convert(host, vd.SoftWeightSharing(components=5, zero_share=0.3)).double()
+    with torch.no_grad():
+        net.noise.log_precisions.add_(2.0 * torch.randn(6))
+        net.noise.logits.add_(torch.randn(5))
+    for pruned in (False, True):
+        if pruned:
+            assert 0.1 < vd.prune(net).alive / net.weight.numel() < 0.9
+        leaves = [net.weight, *net.noise.parameters()]
+        plain, quick = ((kl(net), *torch.autograd.grad(kl(net), leaves)) for on in (False, True) if vd.fast(net, on))
+        close(quick, plain, 1e-9)
+        assert quick[1].stride() == net.weight.stride()
+
+
+@compiler
+def test_the_compiled_mixture_is_finite_far_from_its_components():
+    net = vd.fast(vd.convert(nn.Linear(40, 30), vd.SoftWeightSharing(components=5)))
+    with torch.no_grad():
+        net.weight.mul_(1e6)
+        net.noise.log_precisions.fill_(20.0)
+    value = kl(net)
+    gradients = torch.autograd.grad(value, [net.weight, *net.noise.parameters()])
+    assert all(found.isfinite().all() for found in (value, *gradients))

@@ -78,7 +78,7 @@ class SoftWeightSharing(Method):
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         shared = cast(SharedWeights, noise)
         with torch.autocast(weight.device.type, enabled=False):
-            weights = shared.masked(torch.logsumexp(shared.log_joint(weight), dim=0)).sum()
+            weights = shared.masked(shared.log_density(weight)).sum()
             log_precisions = at_least_float32(shared.log_precisions)
             zero = _log_gamma_density(log_precisions[:1], *ZERO_PRECISION)
             free = _log_gamma_density(log_precisions[1:], *FREE_PRECISION)

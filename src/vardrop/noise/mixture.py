@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vardrop.fused import log_joint, mixture_log_density
 from vardrop.lrt import at_least_float32
 from vardrop.noise.pruning import MaskedWeights
 
@@ -40,14 +41,21 @@ class SharedWeights(MaskedWeights):
 
     def log_joint(self, weight: Tensor) -> Tensor:
         """``log(share of the component * its density at the weight)``, ``(1 + components, *weight.shape)``."""
+        joint, _ = log_joint(at_least_float32(weight).flatten(), *self._components())
+        return joint.view(-1, *weight.shape)
+
+    def log_density(self, weight: Tensor) -> Tensor:
+        """Log-density of the mixture at each weight, nats, in the shape of `weight`."""
+        if self.fast is None or not self.fast.compiled or torch.compiler.is_compiling():
+            return torch.logsumexp(self.log_joint(weight), dim=0)
+        return mixture_log_density(at_least_float32(weight), *self._components())
+
+    def _components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, log-precisions and log-shares of all components."""
         shares = math.log1p(-self.zero_share) + torch.log_softmax(at_least_float32(self.logits), dim=0)
         shares = nn.functional.pad(shares, (1, 0), value=math.log(self.zero_share))
         means = nn.functional.pad(at_least_float32(self.means), (1, 0))
-        log_precisions = at_least_float32(self.log_precisions)
-        root = (0.5 * log_precisions).exp()
-        distance = torch.addr((-means * root)[:, None], root, at_least_float32(weight).flatten())
-        each = shares + 0.5 * (log_precisions - math.log(2.0 * math.pi))
-        return (each[:, None] - 0.5 * distance.square()).view(-1, *weight.shape)
+        return means, at_least_float32(self.log_precisions), shares
 
     def sample_weight(self, weight: Tensor) -> Tensor:
         return self.masked(weight) if self.active else self.settled(weight)
