@@ -218,6 +218,8 @@ def _begin(job: Job, folder: Path) -> _Work:
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    with torch.random.fork_rng():
+        _put_noise(deepcopy(net), job)  # what cannot be converted is refused before anything is trained or written
     fit, valid = data.train, data.validation
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
@@ -230,8 +232,12 @@ def _convert(work: _Work) -> Pruned:
     job, net = work.job, work.net.cpu()
     if job.pretrain or (job.pretrained is not None and next(sites(net), None) is None):
         work.facts["original"] = _describe(net, work.data, work.folder / ORIGINAL)
-    convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
+    _put_noise(net, job)
     return work.whole or count_alive(net)
+
+
+def _put_noise(net: nn.Module, job: Job) -> None:
+    convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
 
 
 def _started(net: nn.Module, stored: Path) -> tuple[nn.Module, Pruned | None]:

@@ -145,6 +145,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
         (["lenet-300-100", "--epochs", "0"], "epochs=0: must be at least 1"),
         (["lenet-300-100", "--shrink-every", "0"], "shrink_every=0: must be at least 1"),
         (["lenet-300-100", "--shrink-every", "1", "--method", "dynamic-network-surgery"], "no unit is dead for good"),
+        (["lenet-300-100", "--pretrain", "1", "--include", "conv*"], "matches no layer; layers are: 1, 3, 5"),
         (["lenet-5"], "at least 16 pixels, not 8"),
         (["lenet-300-100", "--data", "ylecun/mnist", "--data-root", "/nowhere"], "there is no folder"),
         (["lenet-300-100", "--validation", "5000"], "validation=5000: must lie in 1 to 1436"),

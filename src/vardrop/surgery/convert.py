@@ -322,7 +322,9 @@ def _check_patterns(patterns: tuple[str, ...] | None, layers: Mapping[str, nn.Mo
 
 
 def _some(layers: Mapping[str, nn.Module]) -> str:
-    names = [name or "(the model itself)" for name in layers]
+    """The layers with parameters of their own, or all where there are none, at most a dozen of them."""
+    own = [name for name, layer in layers.items() if next(layer.parameters(recurse=False), None) is not None]
+    names = [name or "(the model itself)" for name in own or layers]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
