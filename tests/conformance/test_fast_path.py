@@ -333,3 +333,20 @@ def test_the_compiled_mixture_is_finite_far_from_its_components():
     value = kl(net)
     gradients = torch.autograd.grad(value, [net.weight, *net.noise.parameters()])
     assert all(found.isfinite().all() for found in (value, *gradients))
+
+
+@compiler
+@pytest.mark.slow
+def test_the_compiled_truncated_log_normal_gate_is_the_plain_one():
+    net = vd.convert(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 5)), vd.StructuredBP())
+    with torch.no_grad():
+        for site in vd.sites(net):
+            site.noise.mu.copy_(torch.linspace(-30.0, 5.0, site.noise.units))
+            site.noise.log_sigma.copy_(torch.linspace(1.0, -6.0, site.noise.units).flip(0).roll(3))
+    x = torch.randn(8, 30)
+    plain = run(net, x)
+    assert all(found.isfinite().all() for found in plain)
+    for wanted, found in zip(plain, run(vd.fast(net, variance="float32"), x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(kl(net), plain[1].detach())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vardrop.fused import Fast
+from vardrop.fused import Fast, compile_kernel
 from vardrop.lrt import Operation
 
 
@@ -50,6 +51,11 @@ class Noise(nn.Module):
     def active(self) -> bool:
         """Whether the next call draws noise."""
         return self.training if self.on is None else self.on
+
+    def quick(self, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The pure function `kernel` as it is, or compiled with its backward where the fast path trains."""
+        compiled = self.fast is not None and self.fast.compiled and torch.is_grad_enabled()
+        return compile_kernel(kernel) if compiled and not torch.compiler.is_compiling() else kernel
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""
