@@ -112,7 +112,8 @@ def gated() -> dict[str, Step]:
     }
     for method in (vd.BetaBernoulli(), vd.StructuredBP(), vd.StructuredVBD(), vd.ConcreteDropout()):
         steps[f"vardrop {type(method).__name__}"] = training_step(vd.convert(build(True), method), x, y, fused=True)
-    return steps
+    quick = vd.fast(vd.convert(build(True), vd.StructuredBP()))
+    return {**steps, "vardrop StructuredBP, fast": training_step(quick, x, y, fused=True)}
 
 
 def lstm(units: int = 1000, length: int = 100, batch: int = 64) -> dict[str, Step]:

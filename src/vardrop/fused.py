@@ -311,11 +311,13 @@ def _weigh_backward(method: Priced, clip: float | None) -> Callable[..., Any]:
 def compile_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` as one loop for every length; :func:`_flat` makes all shapes one axis.
 
+    Past the compiler's bound of variants it runs as it is.
+
     Its code is copied, because the compiler bounds how many variants of one code it makes.
     """
     code, closure = kernel.__code__.replace(), kernel.__closure__
     own = types.FunctionType(code, kernel.__globals__, kernel.__name__, kernel.__defaults__, closure)
-    return torch.compile(own, fullgraph=True, options=OPTIONS)
+    return torch.compile(own, options=OPTIONS)
 
 
 def _flat(part: Tensor | None, like: Tensor) -> Any:

@@ -350,3 +350,6 @@ def test_the_compiled_truncated_log_normal_gate_is_the_plain_one():
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(kl(net), plain[1].detach())
+    other = vd.fast(vd.convert(nn.Linear(17, 5), vd.StructuredBP()), variance="float32")
+    with torch.compiler.set_stance("fail_on_recompile"):  # two sizes were enough to compile for all
+        run(other, torch.randn(8, 17))

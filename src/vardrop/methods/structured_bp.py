@@ -75,7 +75,7 @@ class StructuredBP(GateMethod):
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         gate = cast(TruncatedLogNormalGate, noise)
-        return gate.sum_alive(gate.quick(F.truncated_lognormal_kl)(gate.mu, gate.log_sigma, self.low, self.high))
+        return gate.sum_alive(gate.quick(F.truncated_lognormal_kl, gate.mu, gate.log_sigma, self.low, self.high))
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor:
         gate = cast(TruncatedLogNormalGate, noise)

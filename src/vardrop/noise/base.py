@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,13 @@ class Noise(nn.Module):
         """Whether the next call draws noise."""
         return self.training if self.on is None else self.on
 
-    def quick(self, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The pure function `kernel` as it is, or compiled with its backward where the fast path trains."""
+    def quick(self, formula: Callable[..., Tensor], *parts: Any) -> Tensor:
+        """``formula(*parts)``, compiled with its backward where the fast path trains."""
         compiled = self.fast is not None and self.fast.compiled and torch.is_grad_enabled()
-        return compile_kernel(kernel) if compiled and not torch.compiler.is_compiling() else kernel
+        if not compiled or torch.compiler.is_compiling():
+            return formula(*parts)
+        # the compiler makes a variant for each size of a Parameter, but one for all sizes of a plain tensor
+        return cast(Tensor, compile_kernel(formula)(*(p.view_as(p) if isinstance(p, Tensor) else p for p in parts)))
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""

@@ -45,7 +45,7 @@ class TruncatedLogNormalGate(Gate):
 
     def sample(self, rows: int) -> Tensor:
         u = self.uniform(1 if self.shared else rows, self.mu)
-        return self.quick(F.truncated_lognormal_icdf)(u, self.mu, self.log_sigma, self.low, self.high)
+        return self.quick(F.truncated_lognormal_icdf, u, self.mu, self.log_sigma, self.low, self.high)
 
 
 class BetaBernoulliGate(Gate):
