@@ -1,0 +1,50 @@
+"""What is learned by heart: training error and living weights over the epochs: python results/random_labels.py
+
+Draws docs/random_labels.svg from the stored runs of the tables on random labels (arXiv:1701.05369): Bernoulli dropout
+memorises labels that mean nothing, sparse variational dropout throws its weights away.
+"""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from render import found
+from vardrop.report.figures import keep
+from vardrop.tables import Table, load_tables
+from vardrop.tables.store import Found
+
+TABLES = ("svd-random-labels-mnist", "svd-random-labels-cifar10")
+PICTURE = Path(__file__).parent.parent / "docs" / "random_labels.svg"
+
+
+def draw(tables: list[Table], stored: Found) -> Figure:
+    """A row of panels for each table, from its first seed at the longest budget that has been run."""
+    figure = Figure(figsize=(9.0, 3.4 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 2, squeeze=False)
+    for table, (error, alive) in zip(tables, panels, strict=True):
+        for index, row in enumerate(table.rows.values()):
+            run = row.runs[""]
+            for budget in stored.budgets([run])[:1]:
+                _, record = min(stored.of(run, budget).items())
+                epochs = [epoch["epoch"] + 1 for epoch in record["history"]]
+                label = f"{row.name}, {budget}"
+                errors = [100.0 * epoch["train_error"] for epoch in record["history"]]
+                error.plot(epochs, errors, c=f"C{index}", label=label)
+                shares = [100.0 / epoch["compression"] for epoch in record["history"]]
+                alive.plot(epochs, shares, c=f"C{index}", label=label)
+        error.set_title(table.title, fontsize=9, loc="left")
+        error.set_ylabel("training error under noise, %")
+        alive.set_ylabel("weights alive, %")
+        alive.set_yscale("log")
+        error.legend(frameon=False, fontsize=8)
+    for axis in panels[-1]:
+        axis.set_xlabel("epoch")
+    return figure
+
+
+if __name__ == "__main__":
+    stored = found()
+    shown = [table for table in map(load_tables().get, TABLES) if table and stored.budgets(list(table.runs()))]
+    if not shown:
+        raise SystemExit(f"no run of {' or '.join(TABLES)} is stored: run vardrop reproduce first")
+    keep(draw(shown, stored), PICTURE)
