@@ -10,6 +10,7 @@ The variance path runs in float32 or better under any autocast: ``exp(-20)`` is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ VARIANCE_FLOOR = 1e-16
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` itself, or its float32 copy where its dtype is narrower."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def source(generator: torch.Generator | None) -> dict[str, Any]:
+    """The argument of torch's random functions for `generator`.
+
+    No argument for no generator: with one, even ``None``, they do not compile for sizes that vary.
+    """
+    return {} if generator is None else {"generator": generator}
 
 
 def output_moments(
@@ -55,7 +64,7 @@ def local_sample(
     """
     output_mean, output_variance = output_moments(operation, x, mean, variance, bias)
     std = (output_variance + VARIANCE_FLOOR).sqrt()
-    draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, generator=generator)
+    draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, **source(generator))
     return (output_mean + std * draw).to(output_mean.dtype)
 
 
@@ -75,5 +84,5 @@ def weight_sample(
 def draw_weight(mean: Tensor, variance: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """One draw of independent weights ``w ~ N(mean, variance)``, in the dtype of `mean`."""
     std = (at_least_float32(variance) + VARIANCE_FLOOR).sqrt()
-    draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, generator=generator)
+    draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, **source(generator))
     return (mean + std * draw).to(mean.dtype)

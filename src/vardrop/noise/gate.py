@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vardrop.functional.kumaraswamy import CLIP
-from vardrop.lrt import Operation
+from vardrop.lrt import Operation, source
 from vardrop.noise.base import Layout, Noise
 
 Place = Literal["input", "output"]
@@ -107,12 +107,12 @@ class Gate(Noise):
     def normal(self, rows: int, like: Tensor) -> Tensor:
         """Standard normal draws ``(rows, units)`` of the kind of `like`, in float32 or better."""
         kind = torch.promote_types(like.dtype, torch.float32)
-        return torch.randn(rows, self.units, dtype=kind, device=like.device, generator=self.generator)
+        return torch.randn(rows, self.units, dtype=kind, device=like.device, **source(self.generator))
 
     def uniform(self, rows: int, like: Tensor) -> Tensor:
         """Uniform draws ``(rows, units)`` in [1e-6, 1 - 1e-6] of the kind of `like`, in float32 or better."""
         kind = torch.promote_types(like.dtype, torch.float32)
-        draw = torch.rand(rows, self.units, dtype=kind, device=like.device, generator=self.generator)
+        draw = torch.rand(rows, self.units, dtype=kind, device=like.device, **source(self.generator))
         return draw.clamp(CLIP, 1.0 - CLIP)
 
 

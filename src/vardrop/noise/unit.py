@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vardrop.lrt import Operation
+from vardrop.lrt import Operation, source
 from vardrop.noise.base import Noise
 
 
@@ -37,7 +37,7 @@ class BernoulliNoise(Noise):
 
     def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
         """Which inputs are kept, of this `shape`, where `like` lies; so many `examples` lie in it one after another."""
-        return torch.rand(shape, device=like.device, generator=self.generator) >= self.rate
+        return torch.rand(shape, device=like.device, **source(self.generator)) >= self.rate
 
 
 class AdversarialNoise(BernoulliNoise):
