@@ -159,6 +159,13 @@ def test_bad_requests_are_one_line_and_leave_no_folder(tmp_path, arguments, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_the_package_itself_runs_as_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "vardrop", "reproduce", "--seeds", "-1"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "seeds=-1" in done.stderr
+
+
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "letters").write_text("dear")
     done = vardrop("compress", "lenet-300-100", "--out", tmp_path)

@@ -1,0 +1,5 @@
+"""``python -m vardrop``: the command line."""
+
+from vardrop.cli import main
+
+main()
