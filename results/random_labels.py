@@ -18,14 +18,14 @@ PICTURE = Path(__file__).parent.parent / "docs" / "random_labels.svg"
 
 
 def draw(tables: list[Table], stored: Found) -> Figure:
-    """A row of panels for each table, from its first seed at the longest budget that has been run."""
+    """A row of panels for each table, from its first seed; of its budgets that with the longest history stored."""
     figure = Figure(figsize=(9.0, 3.4 * len(tables)), layout="constrained")
     panels = figure.subplots(len(tables), 2, squeeze=False)
     for table, (error, alive) in zip(tables, panels, strict=True):
         for index, row in enumerate(table.rows.values()):
             run = row.runs[""]
-            for budget in stored.budgets([run])[:1]:
-                _, record = min(stored.of(run, budget).items())
+            first = {budget: min(stored.of(run, budget).items())[1] for budget in stored.budgets([run])}
+            for budget, record in sorted(first.items(), key=lambda pair: -len(pair[1]["history"]))[:1]:
                 epochs = [epoch["epoch"] + 1 for epoch in record["history"]]
                 label = f"{row.name}, {budget}"
                 errors = [100.0 * epoch["train_error"] for epoch in record["history"]]
