@@ -25,6 +25,7 @@ def draw(tables: list[Table], stored: Found) -> Figure:
         for index, row in enumerate(table.rows.values()):
             run = row.runs[""]
             first = {budget: min(stored.of(run, budget).items())[1] for budget in stored.budgets([run])}
+            first = {budget: record for budget, record in first.items() if len(record["history"]) > 1}
             for budget, record in sorted(first.items(), key=lambda pair: -len(pair[1]["history"]))[:1]:
                 epochs = [epoch["epoch"] + 1 for epoch in record["history"]]
                 label = f"{row.name}, {budget}"

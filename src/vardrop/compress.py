@@ -218,7 +218,7 @@ def _begin(job: Job, folder: Path) -> _Work:
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         _put_noise(deepcopy(net), job)  # what cannot be converted is refused before anything is trained or written
     fit, valid = data.train, data.validation
     if job.validation:

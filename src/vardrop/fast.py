@@ -30,15 +30,16 @@ def fast(
     The fast path draws from the same law as the plain one, but other numbers: its variances are those of the layer to
     the digits of `variance`, its noise and its passes over weights and outputs are compiled, as
     are the long formulas of truncated log-normal gates. The first training step pays for the compilation once: some
-    seconds, with such gates up to a minute. Under ``torch.compile`` of the whole model the plain path is taken.
+    seconds, with such gates up to a minute. Such gates take one
+    backward for each pass, without ``retain_graph``. Under ``torch.compile`` of the whole model the plain path is taken.
 
     Args:
         model: a converted model.
         on: ``False`` for the plain reference again.
         variance: dtype of the variance matmuls; ``"auto"`` is bfloat16 where the processor has instructions for it,
             else float32. Layers in float64 keep theirs.
-        compiled: compile the elementwise passes; where no compiler is present, they run uncompiled with a
-            :class:`FastPathWarning`.
+        compiled: compile the elementwise passes, and long formulas of gates; where no compiler is present, they run
+            uncompiled with a :class:`FastPathWarning`.
 
     Raises:
         ConversionError: the model is not converted.

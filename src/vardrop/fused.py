@@ -48,7 +48,7 @@ class Fast:
 
     Args:
         variance_dtype: of the variance matmuls; a layer in float64 keeps its own.
-        compiled: whether the elementwise passes are compiled.
+        compiled: whether the elementwise passes, and long formulas of gates, are compiled.
     """
 
     variance_dtype: torch.dtype
@@ -98,13 +98,13 @@ def weigh(
 def mixture_log_density(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
     """Log-density in nats of ``sum_k share_k N(mean_k, 1 / precision_k)`` at each element of `x`, in its shape.
 
-    One compiled pass, and one back: nothing of the size of `x` times the components, as :func:`log_joint` has it.
+    Nothing of the size of `x` times the components is kept between the compiled pass and the one back.
     """
     found: Tensor = _MixtureLogDensity.apply(x, means, log_precisions, log_shares)  # type: ignore[no-untyped-call]
     return found
 
 
-def log_joint(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> tuple[Tensor, Tensor]:
+def joint_and_distance(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> tuple[Tensor, Tensor]:
     """``log(share * density)`` of each component at each point and its distance in stds, ``(components, points)``."""
     distance = (x - means[:, None]) * (0.5 * log_precisions).exp()[:, None]
     peaks = log_shares + 0.5 * (log_precisions - math.log(2.0 * math.pi))
@@ -221,12 +221,14 @@ class _MixtureLogDensity(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, *components, flat = ctx.saved_tensors
-        by_x, *by_components = compile_kernel(_mixture_backward)(_flat(x, x), *components, flat, _flat(gradient, x))
+        parts = (_flat(x, x), *(part.detach() for part in components), flat, _flat(gradient, x))
+        with torch.autocast(x.device.type, enabled=False):
+            by_x, *by_components = compile_kernel(_mixture_backward)(*parts)
         return _unflat(by_x, x), *by_components
 
 
 def _mixture(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
-    joint, _ = log_joint(x, means, log_precisions, log_shares)
+    joint, _ = joint_and_distance(x, means, log_precisions, log_shares)
     highest = joint.amax(dim=0)
     return highest + (joint - highest).exp().sum(dim=0).log()
 
@@ -234,7 +236,7 @@ def _mixture(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tenso
 def _mixture_backward(
     x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor, total: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    joint, distance = log_joint(x, means, log_precisions, log_shares)
+    joint, distance = joint_and_distance(x, means, log_precisions, log_shares)
     weight = (joint - total).exp() * gradient
     pull, root = weight * distance, (0.5 * log_precisions).exp()
     by_share = weight.sum(dim=1)
@@ -309,7 +311,7 @@ def _weigh_backward(method: Priced, clip: float | None) -> Callable[..., Any]:
 
 @functools.cache
 def compile_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` as one loop for every length; :func:`_flat` makes all shapes one axis.
+    """`kernel` compiled, for every length where its tensors have one axis: :func:`_flat` makes all shapes one.
 
     Past the compiler's bound of variants it runs as it is.
 

@@ -353,3 +353,18 @@ def test_the_compiled_truncated_log_normal_gate_is_the_plain_one():
     other = vd.fast(vd.convert(nn.Linear(17, 5), vd.StructuredBP()), variance="float32")
     with torch.compiler.set_stance("fail_on_recompile"):  # two sizes were enough to compile for all
         run(other, torch.randn(8, 17))
+
+
+def test_long_formulas_of_gates_are_compiled_where_the_fast_path_trains(monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        importlib.import_module("vardrop.noise.base"), "compile_kernel", lambda formula: used.append(formula) or formula
+    )
+    net, x = vd.convert(nn.Linear(3, 2), vd.StructuredBP()), torch.randn(4, 3)
+    (net(x).sum() + kl(net)).backward()
+    with torch.no_grad(), vd.noise(net, on=True):
+        net.gate.fast = fused.Fast(torch.float32, compiled=True)
+        net(x), kl(net)
+    assert not used
+    (net(x).sum() + kl(net)).backward()
+    assert used == [vd.functional.truncated_lognormal_icdf, vd.functional.truncated_lognormal_kl]

@@ -12,6 +12,7 @@ def test_training_error_and_living_weights_stand_over_the_epochs(load_script):
         pairs = enumerate(zip(errors, compressions, strict=True))
         history = [{"epoch": epoch, "train_error": error, "compression": size} for epoch, (error, size) in pairs]
         stored.add(table.rows[name].runs[""].place, "short", 0, {"history": history})
+        stored.add(table.rows[name].runs[""].place, "full", 0, {"history": history[-1:]})
     error, alive = script.draw([table], stored).axes
     lines = {line.get_label(): [list(data) for data in line.get_data()] for line in error.lines}
     assert lines == {"Bernoulli dropout, short": [[1, 2], [90.0, 10.0]], "Sparse VD, short": [[1, 2], [90.0, 90.0]]}

@@ -58,7 +58,8 @@ class Noise(nn.Module):
         if not compiled or torch.compiler.is_compiling():
             return formula(*parts)
         # the compiler makes a variant for each size of a Parameter, but one for all sizes of a plain tensor
-        return cast(Tensor, compile_kernel(formula)(*(p.view_as(p) if isinstance(p, Tensor) else p for p in parts)))
+        tensors = (part.view_as(part) if isinstance(part, Tensor) else part for part in parts)
+        return cast(Tensor, compile_kernel(formula)(*tensors))
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for input `x`, where the layer computes ``operation(x, weight, bias)``."""

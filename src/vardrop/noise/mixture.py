@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vardrop.fused import log_joint, mixture_log_density
+from vardrop.fused import joint_and_distance, mixture_log_density
 from vardrop.lrt import at_least_float32
 from vardrop.noise.pruning import MaskedWeights
 
@@ -41,7 +41,7 @@ class SharedWeights(MaskedWeights):
 
     def log_joint(self, weight: Tensor) -> Tensor:
         """``log(share of the component * its density at the weight)``, ``(1 + components, *weight.shape)``."""
-        joint, _ = log_joint(at_least_float32(weight).flatten(), *self._components())
+        joint, _ = joint_and_distance(at_least_float32(weight).flatten(), *self._components())
         return joint.view(-1, *weight.shape)
 
     def log_density(self, weight: Tensor) -> Tensor:
