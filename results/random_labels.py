@@ -1,7 +1,7 @@
 """What is learned by heart: training error and living weights over the epochs: python results/random_labels.py
 
-Draws docs/random_labels.svg from the stored runs of the tables on random labels (arXiv:1701.05369): Bernoulli dropout
-memorises labels that mean nothing, sparse variational dropout throws its weights away.
+Draws docs/random_labels.svg from the stored runs of the tables on random labels (arXiv:1701.05369): the
+paper's Bernoulli dropout memorises labels that mean nothing, sparse variational dropout throws its weights away.
 """
 
 from pathlib import Path

@@ -19,8 +19,9 @@ PICTURES = {
     "dependent_gates.svg": "Dependent beta-Bernoulli dropout on LeNet-500-300: how far each layer's gates open for "
     "each class, and how alike the classes are to them (arXiv:1805.10896, figures 2 and 4): "
     "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`.",
-    "random_labels.svg": "What is learned by heart from labels that mean nothing (arXiv:1701.05369): dropout memorises "
-    "them, sparse variational dropout throws its weights away: `python results/random_labels.py`.",
+    "random_labels.svg": "What is learned by heart from labels that mean nothing (arXiv:1701.05369): the paper's "
+    "dropout memorises them all, given time; sparse variational dropout throws its weights away: "
+    "`python results/random_labels.py`.",
     "emptying.png": "LeNet-5-Caffe as it empties under sparse variational dropout: the filters of its first layer and "
     "a corner of its dense one ([as an animation](emptying.gif)): `python results/emptying.py runs/emptying`.",
     "vgg_width.svg": "Error and sparsity of the VGG-like net over its width: `python results/vgg_width.py`.",
