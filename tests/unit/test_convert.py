@@ -126,6 +126,7 @@ def test_compile_fullgraph_export_and_vmap_over_a_converted_net():
     x = torch.randn(3, 6)
     for method in (vd.SparseVD(), vd.GammaARD(), vd.VariationalDropout(), vd.BernoulliDropout()):
         model = vd.convert(net(), method)
+        torch.compiler.reset()  # the compiler bounds its variants in a process, those of other tests included
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         loss = compiled(x).sum()
         loss.backward()
