@@ -24,15 +24,14 @@ def draw(tables: list[Table], stored: Found) -> Figure:
     for table, (error, alive) in zip(tables, panels, strict=True):
         for index, row in enumerate(table.rows.values()):
             run = row.runs[""]
-            first = {budget: min(stored.of(run, budget).items())[1] for budget in stored.budgets([run])}
-            first = {budget: record for budget, record in first.items() if len(record["history"]) > 1}
-            for budget, record in sorted(first.items(), key=lambda pair: -len(pair[1]["history"]))[:1]:
-                epochs = [epoch["epoch"] + 1 for epoch in record["history"]]
-                label = f"{row.name}, {budget}"
-                errors = [100.0 * epoch["train_error"] for epoch in record["history"]]
-                error.plot(epochs, errors, c=f"C{index}", label=label)
-                shares = [100.0 / epoch["compression"] for epoch in record["history"]]
-                alive.plot(epochs, shares, c=f"C{index}", label=label)
+            histories = {budget: min(stored.of(run, budget).items())[1]["history"] for budget in stored.budgets([run])}
+            budget = max(histories, key=lambda name: len(histories[name]), default="")
+            history = histories.get(budget, [])
+            if len(history) > 1:
+                epochs = [epoch["epoch"] + 1 for epoch in history]
+                errors = [100.0 * epoch["train_error"] for epoch in history]
+                error.plot(epochs, errors, c=f"C{index}", label=f"{row.name}, {budget}")
+                alive.plot(epochs, [100.0 / epoch["compression"] for epoch in history], c=f"C{index}")
         error.set_title(table.title, fontsize=9, loc="left")
         error.set_ylabel("training error under noise, %")
         alive.set_ylabel("weights alive, %")
@@ -44,8 +43,8 @@ def draw(tables: list[Table], stored: Found) -> Figure:
 
 
 if __name__ == "__main__":
-    stored = found()
-    shown = [table for table in map(load_tables().get, TABLES) if table and stored.budgets(list(table.runs()))]
+    stored, tables = found(), load_tables()
+    shown = [tables[name] for name in TABLES if stored.budgets(list(tables[name].runs()))]
     if not shown:
         raise SystemExit(f"no run of {' or '.join(TABLES)} is stored: run vardrop reproduce first")
     keep(draw(shown, stored), PICTURE)

@@ -136,7 +136,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         _train(work, work.plain, folder / PRETRAIN, listeners)
     whole = _convert(work)
     steps = job.schedule.epochs * -(-len(work.fit.y) // job.schedule.batch_size)
-    if job.fast:
+    if job.fast and any(site.noise.has_fast_path for site in sites(work.net)):
         fast(work.net, compiled=steps >= WORTH_COMPILING)
         if steps >= WORTH_COMPILING:
             work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])

@@ -229,8 +229,7 @@ class _MixtureLogDensity(torch.autograd.Function):
 
 def _mixture(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
     joint, _ = joint_and_distance(x, means, log_precisions, log_shares)
-    highest = joint.amax(dim=0)
-    return highest + (joint - highest).exp().sum(dim=0).log()
+    return torch.logsumexp(joint, dim=0)
 
 
 def _mixture_backward(

@@ -368,3 +368,10 @@ def test_long_formulas_of_gates_are_compiled_where_the_fast_path_trains(monkeypa
     assert not used
     (net(x).sum() + kl(net)).backward()
     assert used == [vd.functional.truncated_lognormal_icdf, vd.functional.truncated_lognormal_kl]
+
+
+def test_the_command_line_takes_the_fast_path_where_a_noise_has_one():
+    ways = {vd.SparseVD: True, vd.StructuredBP: True, vd.BetaBernoulli: False, vd.ConcreteDropout: False}
+    for method, has_one in ways.items():
+        (site,) = vd.sites(vd.convert(nn.Linear(3, 2), method()))
+        assert site.noise.has_fast_path == has_one, method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class Noise(nn.Module):
         fast: how the fast path computes; ``None`` for the plain reference.
         projected: whether a pass need not put the parameters into their domain.
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
+        has_fast_path: whether its passes may differ on the fast path.
     """
 
+    has_fast_path: ClassVar[bool] = True
     mask: Tensor | None
 
     def __init__(self) -> None:
@@ -52,10 +54,14 @@ class Noise(nn.Module):
         """Whether the next call draws noise."""
         return self.training if self.on is None else self.on
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the fast path compiles its passes; it does not within ``torch.compile`` of a whole model."""
+        return self.fast is not None and self.fast.compiled and not torch.compiler.is_compiling()
+
     def quick(self, formula: Callable[..., Tensor], *parts: Any) -> Tensor:
         """``formula(*parts)``, compiled with its backward where the fast path trains."""
-        compiled = self.fast is not None and self.fast.compiled and torch.is_grad_enabled()
-        if not compiled or torch.compiler.is_compiling():
+        if not self.compiled or not torch.is_grad_enabled():
             return formula(*parts)
         # the compiler makes a variant for each size of a Parameter, but one for all sizes of a plain tensor
         tensors = (part.view_as(part) if isinstance(part, Tensor) else part for part in parts)

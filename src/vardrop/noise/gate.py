@@ -30,6 +30,8 @@ class Gate(Noise):
         units: their number.
     """
 
+    has_fast_path = False
+
     def __init__(self, weight: Tensor, layout: Layout, place: Place) -> None:
         super().__init__()
         self.place: Place = place

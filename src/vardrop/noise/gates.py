@@ -23,6 +23,8 @@ class TruncatedLogNormalGate(Gate):
         shared: one draw for the whole minibatch rather than one for each example.
     """
 
+    has_fast_path = True
+
     def __init__(
         self,
         weight: Tensor,

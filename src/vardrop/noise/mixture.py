@@ -46,9 +46,9 @@ class SharedWeights(MaskedWeights):
 
     def log_density(self, weight: Tensor) -> Tensor:
         """Log-density of the mixture at each weight, nats, in the shape of `weight`."""
-        if self.fast is None or not self.fast.compiled or torch.compiler.is_compiling():
-            return torch.logsumexp(self.log_joint(weight), dim=0)
-        return mixture_log_density(at_least_float32(weight), *self._components())
+        if self.compiled:
+            return mixture_log_density(at_least_float32(weight), *self._components())
+        return torch.logsumexp(self.log_joint(weight), dim=0)
 
     def _components(self) -> tuple[Tensor, Tensor, Tensor]:
         """Means, log-precisions and log-shares of all components."""

@@ -103,9 +103,8 @@ class AdditiveNoise(WeightNoise):
 
     def moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         fast = self.fast
-        joined = fast is not None and fast.compiled and self.sampling == "local" and self.method.kl_is_short
-        joined = joined and torch.is_grad_enabled()
-        if fast is None or not joined or torch.compiler.is_compiling():
+        joined = self.compiled and self.sampling == "local" and self.method.kl_is_short and torch.is_grad_enabled()
+        if fast is None or not joined:
             return super().moments(weight)
         clip, dtype = self.clip_log_alpha, fast.narrow(weight)
         mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
