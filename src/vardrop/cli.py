@@ -158,7 +158,9 @@ def sweep(
     epochs: Annotated[int, typer.Option(help="Passes over the training data in each trial")] = 50,
     batch_size: Annotated[int, typer.Option(help="Examples a step")] = 100,
     pretrained: PretrainedOption = None,
-    validation: Annotated[int, typer.Option(help="Training examples set apart, by which trials are judged")] = 300,
+    validation: Annotated[
+        int, typer.Option(help="Training examples set apart, by which trials are judged; 0: those the data sets apart")
+    ] = 300,
     seed: Annotated[int, typer.Option(help="Of the search and of each run")] = 0,
 ) -> None:
     """Search the hyper-parameters of a method for the front of error against size; start it again to go on.

@@ -14,6 +14,7 @@ from vardrop.compress import Job, Listeners, compress
 from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
 from vardrop.files import replace_file
 from vardrop.train import Schedule
+from vardrop.zoo import load_data
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -54,14 +55,15 @@ class Point:
 def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
     """The ranges that texts such as ``init_log_std=-8:-2``, ``kl_factor=0.1:10:log`` and ``rule=snr,magnitude`` name.
 
-    Raises:
-        InvalidValueError: there are none, a field is neither of the method nor of the schedule, or a range is empty.
+        Raises:
+            InvalidValueError: there are none, a field is neither of the method nor of the schedule, or a range is empty.
 
-    >>> from vardrop.sweep import parse_search
-    >>> from vardrop.compress import Job
-    >>> from vardrop.train import Schedule
-    >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
-    10.0
+        >>> from vardrop.sweep import parse_search
+        >>> from vardrop.compress import Job
+        >>> from vardrop.train import Schedule
+    from vardrop.zoo import load_data
+        >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
+        10.0
     """
     known = [field.name for part in (job.method, job.schedule) for field in fields(part)]
     if not settings:
@@ -97,7 +99,7 @@ def sweep(
     the file in `folder` is for one process at a time.
 
     Args:
-        job: what is run; must set validation data apart.
+        job: what is run; must set validation data apart where the data set itself does not.
         search: what is varied, by field of the method or of the schedule.
         folder: where the runs, ``front.json`` and ``front.png`` go.
         trials: how many finished trials the study is to have.
@@ -109,8 +111,11 @@ def sweep(
     Raises:
         InvalidValueError: no validation data, nothing to search, or an unknown measure of size.
     """
-    if job.validation < 1:
-        raise InvalidValueError("validation=0: a search chooses by validation data, so some must be set apart")
+    if job.validation < 1 and load_data(job.data, data_root=job.data_root).validation is None:
+        raise InvalidValueError(
+            f"validation={job.validation}: a search chooses by validation data, and {job.data} sets none apart itself: "
+            "give at least 1"
+        )
     if trials < 1:
         raise InvalidValueError(f"trials={trials}: must be at least 1")
     if against not in get_args(Against):

@@ -87,3 +87,16 @@ def test_a_trial_that_was_broken_off_is_taken_up_again(tmp_path):
     seen = []
     sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
     assert [point.run for point in seen] == [run.name]
+
+
+def test_data_that_sets_examples_apart_itself_needs_no_others(tmp_path):
+    pytest.importorskip("optuna")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for part in ("train", "test", "validation"):
+        (folder / f"{part}.txt").write_text("to be or not to be\n" * 20)
+    job = Job("char-lstm-8", "texts", vd.ARD(), SCHEDULE, data_root=tmp_path)
+    search = parse_search(["threshold=0.001:0.3:log"], job)
+    (point,) = sweep(job, search, tmp_path / "sweep", trials=1)
+    run = json.loads((tmp_path / "sweep" / point.run / "run.json").read_text())
+    assert run["config"]["validation"] == 0 and point.error == run["pruned"]["valid_error"]
