@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     help="Make PyTorch networks Bayesian, sparse and really smaller.",
 )
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of processes that train together, the first one speaks
 errors = Console(stderr=True)
 INTERRUPTED = 130
 M_TRIM_THRESHOLD = -1

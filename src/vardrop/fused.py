@@ -36,6 +36,8 @@ ROUNDS = 13
 PARITY = 0x1BD11BDA
 LARGEST_COUNT = 2**31 - 1
 """Elements that 32-bit counters can number."""
+NEGLIGIBLE = -60.0
+"""A log of a share that no float32 sum notices, beside a share near one."""
 WORTH_COMPILING = 2**17
 """Elements from which a compiled pass of one or two operations is quicker than the operations, its call included."""
 OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
@@ -229,14 +231,20 @@ class _MixtureLogDensity(torch.autograd.Function):
 
 def _mixture(x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor) -> Tensor:
     joint, _ = joint_and_distance(x, means, log_precisions, log_shares)
-    return torch.logsumexp(joint, dim=0)
+    highest = joint.amax(dim=0)
+    return highest + _share(joint - highest).sum(dim=0).log()
+
+
+def _share(difference: Tensor) -> Tensor:
+    """``exp`` of what is not positive, never so small that it is denormal, which slows a processor down."""
+    return difference.clamp(min=NEGLIGIBLE).exp()
 
 
 def _mixture_backward(
     x: Tensor, means: Tensor, log_precisions: Tensor, log_shares: Tensor, total: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     joint, distance = joint_and_distance(x, means, log_precisions, log_shares)
-    weight = (joint - total).exp() * gradient
+    weight = _share(joint - total) * gradient
     pull, root = weight * distance, (0.5 * log_precisions).exp()
     by_share = weight.sum(dim=1)
     by_log_precision = 0.5 * (by_share - (pull * distance).sum(dim=1))
