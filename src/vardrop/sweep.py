@@ -55,15 +55,14 @@ class Point:
 def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
     """The ranges that texts such as ``init_log_std=-8:-2``, ``kl_factor=0.1:10:log`` and ``rule=snr,magnitude`` name.
 
-        Raises:
-            InvalidValueError: there are none, a field is neither of the method nor of the schedule, or a range is empty.
+    Raises:
+        InvalidValueError: there are none, a field is neither of the method nor of the schedule, or a range is empty.
 
-        >>> from vardrop.sweep import parse_search
-        >>> from vardrop.compress import Job
-        >>> from vardrop.train import Schedule
-    from vardrop.zoo import load_data
-        >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
-        10.0
+    >>> from vardrop.sweep import parse_search
+    >>> from vardrop.compress import Job
+    >>> from vardrop.train import Schedule
+    >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
+    10.0
     """
     known = [field.name for part in (job.method, job.schedule) for field in fields(part)]
     if not settings:
