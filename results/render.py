@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from vardrop.tables import Found, find_run, load_tables, stored_in
-from vardrop.tables.page import LEGEND, markdown
+from vardrop.tables.page import LEGEND, contents, markdown
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -81,12 +81,14 @@ def found() -> Found:
 def tables_page() -> str:
     """The whole of docs/tables.md."""
     stored = found()
-    tables = load_tables().values()
+    tables = list(load_tables().values())
     return (
         "# The tables of the papers, made again\n\nEvery result table of the papers behind this library, with the "
         "paper's figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
         "`--budget full` follows the paper's schedule, `short` a fraction of it; another budget is named as it was. "
         f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
+        + contents(tables, stored)
+        + "\n"
         + "\n".join(markdown(table, stored) for table in tables)
         + "\n## Figures\n"
         + "".join(f"\n{text}\n\n![{name}]({name})\n" for name, text in PICTURES.items() if (DOCS / name).exists())

@@ -10,7 +10,7 @@ import vardrop as vd
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.tables import Cell, Found, find_run, found_in, load_tables, stored_in
 from vardrop.tables.figures import FIGURES, Joined, join, mark
-from vardrop.tables.page import lines_of, markdown, page, verdicts
+from vardrop.tables.page import contents, lines_of, markdown, page, verdicts
 from vardrop.tables.recipes import find_tables
 from vardrop.tables.runner import Options, cells_of
 from vardrop.tables.store import CELL, keep, record_of
@@ -284,6 +284,19 @@ def test_markdown_and_html_hold_every_line_and_escape(tmp_path):
     shown = page([table], found)
     assert shown.count("<tr") == 1 + len(lines_of(table, found)) and "2.00, within" in shown
     assert "http" not in shown
+
+
+def test_the_contents_count_rows_and_claims_and_lead_to_each_table(tmp_path):
+    table = tables_in(tmp_path / "own")
+    *_, line = contents([table], found_of(table, A=[(4.0, 8.0)], B=[(3.0, 30.0)])).splitlines()
+    assert line.endswith("| 2 of 3 | 1 | 1 | 0 |")
+    assert contents([table], Found()).endswith("| 0 of 3 | 0 | 0 | 2 |\n")
+    written = (Path(__file__).parents[2] / "docs" / "tables.md").read_text()
+    anchors = [
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall("^## (.*)$", written, re.M)
+    ]
+    led_to = re.findall(r"\(#(.*?)\)", written)
+    assert led_to == anchors[: len(led_to)] and len(led_to) == len(load_tables())
 
 
 def test_figures_are_read_where_a_run_keeps_them():

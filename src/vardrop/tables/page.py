@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,19 @@ def markdown(table: Table, found: Found) -> str:
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     claims = "".join(f"- {claim}: {verdict}\n" for claim, verdict in verdicts(table, found))
     return f"## {table.title}\n\n{_heading(table)}\n\n{body}\n" + (f"\n{claims}" if claims else "")
+
+
+def contents(tables: Sequence[Table], found: Found) -> str:
+    """A line for each of `tables` in Markdown: how many rows were run, and how many of the paper's claims hold."""
+    lines = ["| table | source | rows run | claims that hold | that do not | not run |", "|---|---|---|---|---|---|"]
+    for table in tables:
+        run = sum(bool(found.budgets(list(row.runs.values()))) for row in table.rows.values())
+        said = [verdict for _, verdict in verdicts(table, found)]
+        counts = [sum(verdict.startswith(start) for verdict in said) for start in (HOLDS, FAILS, NOT_RUN)]
+        anchor = re.sub(r"[^\w\- ]", "", table.title.lower()).replace(" ", "-")
+        cells = [f"[{table.title}](#{anchor})", table.source, f"{run} of {len(table.rows)}", *map(str, counts)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def page(tables: Sequence[Table], found: Found) -> str:
