@@ -110,15 +110,15 @@ def sweep(
     Raises:
         InvalidValueError: no validation data, nothing to search, or an unknown measure of size.
     """
+    if trials < 1:
+        raise InvalidValueError(f"trials={trials}: must be at least 1")
+    if against not in get_args(Against):
+        raise InvalidValueError(f"against={against!r}: must be one of {', '.join(get_args(Against))}")
     if job.validation < 1 and load_data(job.data, data_root=job.data_root).validation is None:
         raise InvalidValueError(
             f"validation={job.validation}: a search chooses by validation data, and {job.data} sets none apart itself: "
             "give at least 1"
         )
-    if trials < 1:
-        raise InvalidValueError(f"trials={trials}: must be at least 1")
-    if against not in get_args(Against):
-        raise InvalidValueError(f"against={against!r}: must be one of {', '.join(get_args(Against))}")
     folder.mkdir(parents=True, exist_ok=True)
     study, finished = _study(job, folder, against, storage)
 

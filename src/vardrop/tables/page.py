@@ -73,22 +73,25 @@ def markdown(table: Table, found: Found) -> str:
     for line in lines_of(table, found):
         rows.append(["" if line.row == last else line.row, line.origin, *line.cells, line.remark])
         last = line.row
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     claims = "".join(f"- {claim}: {verdict}\n" for claim, verdict in verdicts(table, found))
-    return f"## {table.title}\n\n{_heading(table)}\n\n{body}\n" + (f"\n{claims}" if claims else "")
+    return f"## {table.title}\n\n{_heading(table)}\n\n{_grid(rows)}" + (f"\n{claims}" if claims else "")
 
 
 def contents(tables: Sequence[Table], found: Found) -> str:
     """A line for each of `tables` in Markdown: how many rows were run, and how many of the paper's claims hold."""
-    lines = ["| table | source | rows run | claims that hold | that do not | not run |", "|---|---|---|---|---|---|"]
+    head = ["table", "source", "rows run", "claims that hold", "that do not", "not run"]
+    rows = [head, ["---"] * len(head)]
     for table in tables:
         run = sum(bool(found.budgets(list(row.runs.values()))) for row in table.rows.values())
         said = [verdict for _, verdict in verdicts(table, found)]
         counts = [sum(verdict.startswith(start) for verdict in said) for start in (HOLDS, FAILS, NOT_RUN)]
         anchor = re.sub(r"[^\w\- ]", "", table.title.lower()).replace(" ", "-")
-        cells = [f"[{table.title}](#{anchor})", table.source, f"{run} of {len(table.rows)}", *map(str, counts)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"[{table.title}](#{anchor})", table.source, f"{run} of {len(table.rows)}", *map(str, counts)])
+    return _grid(rows)
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def page(tables: Sequence[Table], found: Found) -> str:
