@@ -1,5 +1,6 @@
 """The multipliers of gates against sampling from their definitions, their KL against quadrature, and the extremes."""
 
+import copy
 import math
 
 import mpmath as mp
@@ -80,6 +81,16 @@ def test_gaussian_and_concrete_draws():
     assert_moments(gate.sample(DRAWS), torch.ones(3), torch.full((3,), 0.25, dtype=torch.float64))
     _, gate = gate_of(vd.ConcreteDropout(init_rate=0.3, temperature=1e-3))
     assert_moments(gate.sample(DRAWS), torch.ones(3), torch.full((3,), 0.3 / 0.7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 3), lambda: nn.LSTM(6, 3)], ids=["linear", "lstm"])
+def test_a_rate_of_zero_is_the_plain_layer_and_draws_nothing(make):
+    plain = make()
+    layer = vd.convert(copy.deepcopy(plain), vd.BernoulliDropout(rate=0.0)).train()
+    x = torch.randn(4, 2, 6)
+    before = torch.get_rng_state()
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @torch.no_grad()

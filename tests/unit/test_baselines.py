@@ -196,16 +196,17 @@ def test_the_first_means_span_the_weights_and_their_parameters_learn_at_their_ow
     assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-4, 5e-4, 3e-3]
 
 
-def test_adversarial_dropout_adds_the_loss_with_the_worst_mask_near_the_random_one():
-    net = vd.convert(nn.Linear(20, 3), vd.AdversarialDropout(rate=0.4, budget=0.15, weight=0.7)).double()
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_adversarial_dropout_adds_the_loss_with_the_worst_mask_near_the_random_one(rate):
+    net = vd.convert(nn.Linear(20, 3), vd.AdversarialDropout(rate=rate, budget=0.15, weight=0.7)).double()
     x, y = torch.randn(5, 20, dtype=torch.float64), torch.randint(3, (5,))
     elbo = vd.ELBO(num_data=5)
     with vd.noise(net, generator=torch.Generator().manual_seed(1)):
         loss = elbo(net.train(), lambda: nn.functional.cross_entropy(net(x), y))
-    random = (torch.rand(5, 20, generator=torch.Generator().manual_seed(1)) >= 0.4).double()
+    random = (torch.rand(5, 20, generator=torch.Generator().manual_seed(1)) >= rate).double()
 
     def losses(masks):
-        logits = (x * masks / 0.6) @ net.weight.T + net.bias
+        logits = (x * masks / (1 - rate)) @ net.weight.T + net.bias
         return nn.functional.cross_entropy(logits, y, reduction="none")
 
     worst = random.clone()

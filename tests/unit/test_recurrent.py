@@ -237,8 +237,10 @@ def test_binary_dropout_is_one_mask_on_inputs_and_one_on_hidden_units_at_every_s
     net = vd.convert(KINDS[kind](7, 9).double(), vd.BernoulliDropout(rate=rate, recurrent_rate=own))
     x, recurrent = torch.randn(6, 7, dtype=torch.float64), rate if own is None else own
     draws = torch.Generator().manual_seed(1)
-    on_inputs = (torch.rand(1, 7, generator=draws) >= rate) / (1 - rate)
-    on_hidden = (torch.rand(1, 9, generator=draws) >= recurrent) / (1 - recurrent)
+    on_inputs, on_hidden = (  # nothing is drawn at a rate of 0
+        (torch.rand(1, size, generator=draws) >= share) / (1 - share) if share else torch.ones(1, size)
+        for size, share in ((7, rate), (9, recurrent))
+    )
     expected = with_masks(kind, net, x, on_inputs[0].double(), on_hidden[0].double())
     torch.testing.assert_close(seeded(net, x)[0], expected)
     assert ((on_inputs == 0).any(), (on_hidden == 0).any()) == (rate > 0, recurrent > 0)

@@ -22,15 +22,20 @@ class BernoulliNoise(Noise):
         self.rate = rate
         self.in_axis = in_axis
 
+    @property
+    def drawn(self) -> bool:
+        """Whether inputs can go at all: at a rate of 0 no draw is made."""
+        return self.active and self.rate > 0.0
+
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.active:
+        if self.drawn:
             examples = x.shape[0] if x.dim() >= weight.dim() else 1
             x = x * self.kept(x.shape, x, examples) / (1.0 - self.rate)
         return operation(x, self.masked(weight), bias)
 
     def sample_weight(self, weight: Tensor) -> Tensor:
         weight = self.masked(weight)
-        if not self.active:
+        if not self.drawn:
             return weight
         shape = torch.Size(size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape))
         return weight * self.kept(shape, weight, 1) / (1.0 - self.rate)
@@ -54,6 +59,11 @@ class AdversarialNoise(BernoulliNoise):
         self.first: list[Tensor] | None = None
         self.second: list[Tensor] = []
         self._examples: list[int] = []
+
+    @property
+    def drawn(self) -> bool:
+        """Whether noise is on: the second pass drops inputs even where the first one's rate is 0."""
+        return self.active
 
     def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
         if self.second:
