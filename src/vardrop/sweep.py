@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vardrop.compress import Job, Listeners, compress
-from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
+from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.files import replace_file
 from vardrop.train import Schedule
 from vardrop.zoo import load_data
@@ -22,23 +22,26 @@ if TYPE_CHECKING:
 FRONT = "front.json"
 PICTURE = "front.png"
 Against = Literal["compression", "flops"]
-Value = bool | float | str
+Value = bool | int | float | str
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a field may be: a number between two ends, on a log scale or not, or one of several values."""
+    """What a field may be: a number between two ends, on a log scale, `whole`, or neither; or one of several values."""
 
     low: float = math.nan
     high: float = math.nan
     log: bool = False
     choices: tuple[Value, ...] = ()
+    whole: bool = False
 
     def suggest(self, trial: Trial, field: str) -> Value:
         """A value for `field` in this trial."""
         if self.choices:
             chosen: Any = trial.suggest_categorical(field, self.choices)
             return cast(Value, chosen)
+        if self.whole:
+            return trial.suggest_int(field, round(self.low), round(self.high), log=self.log)
         return trial.suggest_float(field, self.low, self.high, log=self.log)
 
 
@@ -64,7 +67,7 @@ def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
     >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
     10.0
     """
-    known = [field.name for part in (job.method, job.schedule) for field in fields(part)]
+    known = {field.name: str(field.type).split(" | ") for part in (job.method, job.schedule) for field in fields(part)}
     if not settings:
         raise InvalidValueError(f"nothing to search: give --search field=low:high with a field of: {', '.join(known)}")
     found = {}
@@ -75,7 +78,7 @@ def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
                 f"--search {setting!r}: must be field=low:high, field=low:high:log or field=one,two with a field of: "
                 f"{', '.join(known)}"
             )
-        found[field] = _range(setting, text)
+        found[field] = _range(setting, text, whole="int" in known[field])
     return found
 
 
@@ -101,7 +104,7 @@ def sweep(
         job: what is run; must set validation data apart where the data set itself does not.
         search: what is varied, by field of the method or of the schedule.
         folder: where the runs, ``front.json`` and ``front.png`` go.
-        trials: how many finished trials the study is to have.
+        trials: how many finished trials the study is to have; one whose loss diverges is finished too, on no front.
         against: size by ``"compression"`` of weights, or by ``"flops"`` of the small net.
         storage: where Optuna keeps the study, a URL; an SQLite file in `folder` by default.
         listeners: told of the progress of each run.
@@ -109,6 +112,7 @@ def sweep(
 
     Raises:
         InvalidValueError: no validation data, nothing to search, or an unknown measure of size.
+        StorageError: `folder`, or `storage`, holds a study of the same name that searches something else.
     """
     if trials < 1:
         raise InvalidValueError(f"trials={trials}: must be at least 1")
@@ -120,53 +124,75 @@ def sweep(
             "give at least 1"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    study, finished = _study(job, folder, against, storage)
+    optuna = _optuna()
+    study = _study(optuna, job, search, folder, against, storage)
 
     def objective(trial: Trial) -> tuple[float, float]:
         chosen = {field: span.suggest(trial, field) for field, span in search.items()}
         run = folder / _run_name(chosen)
-        result = compress(_with(job, chosen), run, listeners=listeners)
+        try:
+            result = compress(_with(job, chosen), run, listeners=listeners)
+        except TrainingError as error:
+            raise optuna.TrialPruned(str(error)) from error
         size = result["compacted"]["flops"] if against == "flops" else result["pruned"]["compression"]
         point = Point(run.name, chosen, result["pruned"]["valid_error"], size)
         trial.set_user_attr("run", run.name)
         on_trial(point)
         return point.error, point.size
 
-    study.optimize(objective, callbacks=[finished(trials)], catch=(TrainingError,))
+    ends = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    if len(study.get_trials(states=ends)) < trials:
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=ends)])
     points = [_point(trial) for trial in study.get_trials() if trial.state.name == "COMPLETE"]
     front = sorted((_point(trial) for trial in study.best_trials), key=lambda point: point.error)
     _keep(folder, points, front, against)
     return front
 
 
-def _study(job: Job, folder: Path, against: Against, storage: str | None) -> tuple[Study, Callable[[int], Any]]:
-    """The study, made or taken up, and what stops it after so many finished trials."""
+def _optuna() -> Any:
     try:
         import optuna
-        from optuna.study import MaxTrialsCallback
-        from optuna.trial import TrialState
     except ImportError as error:
         raise MissingExtraError("the search", "sweep") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
+    return optuna
+
+
+def _study(
+    optuna: Any, job: Job, search: Mapping[str, Range], folder: Path, against: Against, storage: str | None
+) -> Study:
+    """The study, made or taken up.
+
+    Raises:
+        StorageError: there is one of this name that searches something else.
+    """
+    study: Study = optuna.create_study(
         study_name=f"{job.net} {job.data} {job.method.command_name()} {against}",
         storage=storage or f"sqlite:///{(folder / 'study.db').resolve()}",
         directions=["minimize", "minimize" if against == "flops" else "maximize"],
         load_if_exists=True,
     )
+    searched = {field: str(span) for field, span in search.items()}
+    wanted = json.loads(json.dumps({**job.config, "search": searched}))
+    stored = study.user_attrs.get("job", wanted)
+    if stored != wanted:
+        differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
+        raise StorageError(
+            f"{storage or folder} holds another study of this name (it differs in {differing}): choose another folder"
+        )
+    study.set_user_attr("job", wanted)
     study.sampler = optuna.samplers.TPESampler(seed=job.schedule.seed + len(study.get_trials()))
     if storage is None:
-        for broken_off in study.get_trials(states=(TrialState.RUNNING,)):
-            study.tell(broken_off.number, state=TrialState.FAIL)
+        for broken_off in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            study.tell(broken_off.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(broken_off.params)
-    return study, lambda trials: MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+    return study
 
 
 def _with(job: Job, chosen: Mapping[str, Any]) -> Job:
     """`job` with other values in its method and its schedule."""
     own = {field.name for field in fields(job.method)} - {field.name for field in fields(Schedule)}
-    whole = {field.name for field in fields(Schedule) if field.type == "int"}
-    schedule = {field: round(value) if field in whole else value for field, value in chosen.items() if field not in own}
+    schedule = {field: value for field, value in chosen.items() if field not in own}
     method = {field: value for field, value in chosen.items() if field in own}
     return replace(job, method=replace(job.method, **method), schedule=replace(job.schedule, **schedule))
 
@@ -176,25 +202,31 @@ def _run_name(chosen: Mapping[str, Any]) -> str:
     return f"run-{hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _range(setting: str, text: str) -> Range:
+def _range(setting: str, text: str, *, whole: bool) -> Range:
     if ":" not in text:
-        return Range(choices=tuple(_value(part) for part in text.split(",")))
-    low, high, *rest = (_value(part) for part in text.split(":"))
-    ends = isinstance(low, float) and isinstance(high, float) and low < high
-    if not ends or rest not in ([], ["log"]) or (rest and not (isinstance(low, float) and low > 0)):
+        return Range(choices=tuple(_value(setting, part, whole=whole) for part in text.split(",")))
+    low, high, *rest = text.split(":")
+    ends = tuple(_value(setting, part, whole=whole) for part in (low, high))
+    kind = int if whole else float
+    if not (type(ends[0]) is type(ends[1]) is kind and ends[0] < ends[1] and rest in ([], ["log"])) or (
+        rest and ends[0] <= 0
+    ):
         raise InvalidValueError(
             f"--search {setting!r}: must be low:high with low below high, and low above 0 where :log follows"
         )
-    return Range(float(low), float(high), log=bool(rest))
+    return Range(float(low), float(high), log=bool(rest), whole=whole)
 
 
-def _value(text: str) -> Value:
+def _value(setting: str, text: str, *, whole: bool) -> Value:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return text
+    if whole and not value.is_integer():
+        raise InvalidValueError(f"--search {setting!r}: {text} must be a whole number")
+    return int(value) if whole else value
 
 
 def _point(trial: Any) -> Point:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -55,7 +55,6 @@ def train_together(
     members: Sequence[Member],
     *,
     num_data: int,
-    checkpoint_seconds: float = 5.0,
     on_epoch: Callable[[int, Epoch], None] = lambda member, epoch: None,
 ) -> list[list[Epoch]]:
     """Trains the nets of all `members` in place at once, and returns their histories.
@@ -71,7 +70,6 @@ def train_together(
     Args:
         members: the runs, at least one.
         num_data: labels of each training set, for the ELBO.
-        checkpoint_seconds: least time between checkpoints.
         on_epoch: called after every epoch with the number of the member and its line of the history.
 
     Raises:
@@ -94,10 +92,19 @@ def train_together(
             [stored[index] for index in at],
             [histories[index] for index in at],
             num_data,
-            checkpoint_seconds,
             lambda index, epoch, at=at: on_epoch(at[index], epoch),  # type: ignore[misc]
         )
     return histories
+
+
+def why_alone(schedule: Schedule, methods: Iterable[Method]) -> str | None:
+    """Why no run with this `schedule` and these `methods` can train beside others, or ``None`` where one may."""
+    if schedule.shrink_every is not None:
+        return "each net would shrink to sizes of its own"
+    for method in methods:
+        if type(method).step is not Method.step:
+            return f"{type(method).__name__} looks at its net before each step"
+    return None
 
 
 def why_apart(nets: Sequence[nn.Module], schedules: Sequence[Schedule], x: Tensor, y: Tensor) -> str | None:
@@ -111,17 +118,15 @@ def why_apart(nets: Sequence[nn.Module], schedules: Sequence[Schedule], x: Tenso
     """
     if len({replace(schedule, seed=0) for schedule in schedules}) > 1:
         return "their schedules differ in more than the seed"
-    if schedules[0].shrink_every is not None:
-        return "each net would shrink to sizes of its own"
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in nets]
     if any(other != shapes[0] for other in shapes):
         return "their nets have different shapes"
-    for site in sites(nets[0]):
-        name = type(site.method).__name__
-        if type(site.method).step is not Method.step:
-            return f"{name} looks at its net before each step"
+    found = list(sites(nets[0]))
+    if (obstacle := why_alone(schedules[0], [site.method for site in found])) is not None:
+        return obstacle
+    for site in found:
         if isinstance(site.noise, AdversarialNoise):
-            return f"{name} needs two passes a step"
+            return f"{type(site.method).__name__} needs two passes a step"
     try:
         with torch.random.fork_rng(), _Stack([deepcopy(net) for net in nets[:2]]) as stack:
             pair = len(stack.nets)
@@ -136,7 +141,6 @@ def _train(
     stored: Sequence[dict[str, Any] | None],
     histories: Sequence[list[Epoch]],
     num_data: int,
-    checkpoint_seconds: float,
     on_epoch: Callable[[int, Epoch], None],
 ) -> None:
     """Takes members that stand at the same epoch to the end; their `histories` grow."""
@@ -158,14 +162,12 @@ def _train(
             draw_on_from(stored[0])
         else:
             torch.manual_seed(schedule.seed)
-        last = perf_counter()
         for epoch in range(len(histories[0]), schedule.epochs):
             started = perf_counter()
             elbo.step_epoch()
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * schedule.lr_at(epoch)
             errors, nlls, kls = _one_epoch(stack, members, epoch, optimizer, elbo.beta / num_data, accelerator)
-            due = perf_counter() - last >= checkpoint_seconds or epoch + 1 == schedule.epochs
             for index, member in enumerate(members):
                 valid_error, test_error = member.evaluate(member.net)
                 counted = would_live(member.net).against(wholes[index])
@@ -183,16 +185,14 @@ def _train(
                 )
                 histories[index].append(line)
                 on_epoch(index, line)
-            if due:
-                for index, member in enumerate(members):
-                    state = {
-                        "sizes": sizes(member.net),
-                        "model": {name: value.clone() for name, value in member.net.state_dict().items()},
-                        "optimizer": _part(optimizer.state_dict(), index),
-                        "elbo": elbo.state_dict(),
-                    }
-                    write(member.folder, member.identity, state, histories[index])
-                last = perf_counter()
+            for index, member in enumerate(members):
+                state = {
+                    "sizes": sizes(member.net),
+                    "model": {name: value.clone() for name, value in member.net.state_dict().items()},
+                    "optimizer": _part(optimizer.state_dict(), index),
+                    "elbo": elbo.state_dict(),
+                }
+                write(member.folder, member.identity, state, histories[index])
 
 
 def _one_epoch(
@@ -219,7 +219,7 @@ def _one_epoch(
             index = int((~torch.isfinite(loss)).nonzero()[0])
             raise TrainingError(
                 f"the loss of seed {members[index].schedule.seed} is {loss[index].item()} at epoch {epoch}, step "
-                f"{step}; the last stored epoch of all seeds is kept; train them one by one, or try a lower "
+                f"{step}; the last finished epoch of all seeds is kept; train them one by one, or try a lower "
                 "learning rate"
             )
         loss.sum().backward()

@@ -109,16 +109,14 @@ def train(
     evaluate: Callable[[nn.Module], tuple[float | None, float | None]],
     identity: str,
     whole: Pruned | None = None,
-    checkpoint_seconds: float = 5.0,
     on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Trains a converted `net` in place and returns the history, one entry an epoch.
 
-    After the last epoch, and after each that ends `checkpoint_seconds` or more behind the last checkpoint,
-    ``history.jsonl`` and ``checkpoint.pt`` in `folder` are replaced in one stroke each. When `folder` holds a
-    checkpoint of the same `identity`, the run goes on from there, and every number that follows is the one that an
-    unbroken run would have given.
+    After each epoch ``history.jsonl`` and ``checkpoint.pt`` in `folder` are replaced in one stroke each. When
+    `folder` holds a checkpoint of the same `identity`, the run goes on from there, and every number that follows is
+    the one that an unbroken run would have given.
 
     Args:
         net: the converted network.
@@ -129,7 +127,6 @@ def train(
         evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
         identity: a text that tells this run from others; a checkpoint with another one is refused.
         whole: what the history counts against; ``None`` for all that may live in `net`.
-        checkpoint_seconds: least time between checkpoints.
         on_step: called after every step.
         on_epoch: called after every epoch with its line of the history, and first with the last stored one.
 
@@ -149,7 +146,6 @@ def train(
     if history:
         on_epoch(history[-1])
     model, optimizer = accelerator.prepare(net, optimizer)
-    stored = perf_counter()
     for epoch in range(len(history), schedule.epochs):
         started = perf_counter()
         elbo.step_epoch()
@@ -178,10 +174,8 @@ def train(
                 **living(counted),
             )
         )
-        due = perf_counter() - stored >= checkpoint_seconds or epoch + 1 == schedule.epochs
-        if accelerator.is_main_process and due:
+        if accelerator.is_main_process:
             write(folder, identity, _state(net, optimizer, elbo), history)
-            stored = perf_counter()
         accelerator.log(_scalars(history[-1], num_data), step=epoch)
         on_epoch(history[-1])
     accelerator.end_training()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_cli import vardrop
 
-from vardrop.errors import DataError, StorageError
+from vardrop.errors import ApartError, DataError, StorageError, TrainingError, VardropError
 from vardrop.tables import Cell, load_tables, runner
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
-from vardrop.tables.store import CELL
+from vardrop.tables.store import CELL, record_of
 
 RECIPE = """
 title = "Digits"
@@ -187,7 +187,7 @@ def test_a_cell_that_another_runner_took_at_the_same_moment_is_waited_for(tmp_pa
     own = recipes(tmp_path / "own")
     statuses = [runner.BUSY, 0]
 
-    def process(cell, options):
+    def process(cell, options, slot):
         return subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({statuses.pop(0)})"])
 
     monkeypatch.setattr(runner, "_process", process)
@@ -209,6 +209,55 @@ def test_seeds_of_a_row_train_together_where_the_method_allows_and_else_one_by_o
             record = json.loads((tmp_path / f"out/own/{row}/full-seed-{seed}" / CELL).read_text())
             assert record.get("together") == together and record["seed"] == seed
     assert {path.name for path in (tmp_path / "out" / "own" / "bb").glob("*.log")} == {"full-seed-0.log"}
+
+
+def test_a_seed_that_fails_stops_no_other_one(tmp_path, monkeypatch):
+    own = recipes(tmp_path / "own")
+    cells = cells_of([load_tables(own)["own"]], "full", 3, ["Plain"])
+    options = Options(tmp_path / "out", recipes=own)
+    usual = runner.compress
+
+    def fails(job, folder):
+        if job.schedule.seed == 1:
+            raise TrainingError("the loss is nan")
+        return usual(job, folder)
+
+    def apart(jobs):
+        raise ApartError("not these")
+
+    monkeypatch.setattr(runner, "compress", fails)
+    monkeypatch.setattr(runner, "compress_together", apart)
+    with pytest.raises(VardropError, match="^seed 1: the loss is nan$"):
+        run_seeds(cells, options)
+    assert [record_of(cell, options.folder) is not None for cell in cells] == [True, False, True]
+
+
+def test_a_run_that_another_recipe_made_is_no_cell(tmp_path):
+    own = recipes(tmp_path / "own")
+    cell, options = cell_of(own, "Plain"), Options(tmp_path / "out", recipes=own)
+    run_seeds([cell], options)
+    place = tmp_path / "out" / cell.place
+    (place / CELL).unlink()  # broken off between the run and its record
+    changed = recipes(tmp_path / "changed", RECIPE.replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(VardropError, match=r"made by another recipe \(it differs in schedule\)"):
+        run_seeds([cell_of(changed, "Plain")], Options(tmp_path / "out", recipes=changed))
+    assert not (place / CELL).exists()
+
+
+def test_each_place_has_a_device_of_its_own(tmp_path, monkeypatch):
+    own = recipes(tmp_path / "own")
+    cell, given = cell_of(own, "Plain"), []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, env, **_: given.append(env))
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    (tmp_path / "out" / cell.place).parent.mkdir(parents=True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for slot in (0, 1, 2):
+        runner._process([cell], Options(tmp_path / "out", recipes=own), slot)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5")
+    for slot in (0, 1, 2):
+        runner._process([cell], Options(tmp_path / "out", recipes=own), slot)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == ["0", "1", "0", "7", "5", "7"]
 
 
 def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):
@@ -236,22 +285,25 @@ def test_a_failure_is_told_by_the_signal_or_the_last_thing_said(tmp_path):
     assert runner._reason(3, log) == "its process ended with status 3"
 
 
-def test_ctrl_c_stops_the_cells_at_work_and_frees_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_ctrl_c_and_sigterm_stop_the_cells_at_work_and_free_them(number, error, tmp_path, monkeypatch):
     own = recipes(tmp_path / "own")
     started = []
     usual = runner._process
 
-    def process(cell, options):
-        started.append(usual(cell, options))
+    def process(*told):
+        started.append(usual(*told))
         return started[-1]
-
-    def interrupt():
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "_process", process)
     cells = cells_of([load_tables(own)["own"]], "full", 1, ["Plain"])
-    with pytest.raises(KeyboardInterrupt):
-        run_cells(cells, Options(tmp_path / "out", recipes=own), Watch(on_tick=interrupt))
+    with pytest.raises(error):
+        run_cells(
+            cells,
+            Options(tmp_path / "out", recipes=own),
+            Watch(on_tick=lambda: signal.raise_signal(number)),
+        )
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert len(started) == 1 and started[0].poll() not in (None, 0)
     with runner._locked(tmp_path / "out" / cells[0].place) as free:
         assert free

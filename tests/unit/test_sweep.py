@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 import vardrop as vd
 from vardrop.compress import Job
-from vardrop.errors import InvalidValueError
+from vardrop.errors import InvalidValueError, StorageError
 from vardrop.sweep import FRONT, PICTURE, Range, parse_search, sweep
 from vardrop.train import Schedule
 
@@ -16,9 +17,14 @@ JOB = Job("mlp-20", "digits", vd.ARD(), SCHEDULE, validation=300)
 
 
 def test_ranges_are_read():
-    found = parse_search(["threshold=1e-3:1e-1:log", "rule=snr,magnitude", "train_clip=true,false"], JOB)
+    settings = ["threshold=1e-3:1e-1:log", "rule=snr,magnitude", "train_clip=true,false", "shrink_every=2,5"]
+    found = parse_search([*settings, "batch_size=10:100:log"], JOB)
     assert found["threshold"] == Range(1e-3, 1e-1, log=True)
     assert found["rule"].choices == ("snr", "magnitude") and found["train_clip"].choices == (True, False)
+    assert found["shrink_every"].choices == (2, 5) and isinstance(found["shrink_every"].choices[0], int)
+    assert found["batch_size"] == Range(10, 100, log=True, whole=True)
+    sharing = replace(JOB, method=vd.SoftWeightSharing())
+    assert parse_search(["components=2:4"], sharing)["components"].whole
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,8 @@ def test_ranges_are_read():
         ("threshold=0:1:log", "low above 0"),
         ("threshold=1:2:linear", "must be low:high"),
         ("threshold=a:b", "must be low:high"),
+        ("epochs=1.5:3", "1.5 must be a whole number"),
+        ("shrink_every=2,2.5", "2.5 must be a whole number"),
     ],
 )
 def test_what_is_no_range_is_refused(setting, message):
@@ -67,8 +75,28 @@ def test_the_front_is_what_no_trial_beats_and_a_study_goes_on(tmp_path, against)
         assert (point in front) != beaten
     config = json.loads((tmp_path / seen[0].run / "config.json").read_text())
     assert config["method"]["threshold"] == seen[0].values["threshold"]
-    assert config["schedule"]["epochs"] == round(seen[0].values["epochs"])
+    assert config["schedule"]["epochs"] == seen[0].values["epochs"]
     assert (tmp_path / PICTURE).stat().st_size > 1000 and math.isfinite(front[0].error)
+
+
+def test_a_finished_study_runs_nothing_and_another_one_is_refused(tmp_path):
+    pytest.importorskip("optuna")
+    search, seen = parse_search(["threshold=0.001:0.3:log"], JOB), []
+    front = sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
+    assert sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append) == front and len(seen) == 1
+    longer = replace(JOB, schedule=replace(SCHEDULE, epochs=3))
+    with pytest.raises(StorageError, match=r"differs in schedule"):
+        sweep(longer, search, tmp_path, trials=2)
+    with pytest.raises(StorageError, match=r"differs in search"):
+        sweep(JOB, parse_search(["threshold=0.1:0.3"], JOB), tmp_path, trials=2)
+
+
+def test_a_search_in_which_every_trial_diverges_ends(tmp_path):
+    pytest.importorskip("optuna")
+    search, seen = parse_search(["lr=1e36:1e37:log"], JOB), []
+    assert sweep(JOB, search, tmp_path, trials=3, on_trial=seen.append) == [] and not seen
+    assert len(list(tmp_path.glob("run-*"))) == 3
+    assert json.loads((tmp_path / FRONT).read_text())["all"] == []
 
 
 def test_a_trial_that_was_broken_off_is_taken_up_again(tmp_path):

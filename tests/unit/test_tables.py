@@ -144,6 +144,13 @@ def test_what_a_cell_starts_from_comes_before_it_also_when_only_its_row_is_asked
         ({'reason = "no reason"': 'same_as = "other/Z"'}, "'other' is unknown; known are: own"),
         ({'reason = "no reason"': 'from = "big"'}, "from='big' of row 'B' of table own: must be small or noisy"),
         ({'than = ["B"]': 'than = ["X"]'}, "a row of an ordering of table own: 'X' is unknown"),
+        ({'than = ["B"]': "than = B"}, "own.toml is not readable as TOML: Invalid value (at line"),
+        ({'where = "nowhere"\n': ""}, "table own has no 'where': must say it"),
+        ({'columns = ["error", "compression"]\n': ""}, "table own has no 'columns': must say it"),
+        ({'columns = ["error", "compression"]': "nets = { a = 'mlp-20' }"}, "table own has no 'figure': must say it"),
+        ({'name = "C|D"\n': ""}, "a row of table own has no 'name': must say it"),
+        ({'method = "ard"\n': ""}, "row 'A' of table own, or its [recipe], has no 'method': must say it"),
+        ({'net = "mlp-20"\n': ""}, "row 'A' of table own, or its [recipe], has no 'net': must say it"),
     ],
 )
 def test_a_recipe_with_a_slip_is_refused_by_name(tmp_path, changed, message):
@@ -268,8 +275,37 @@ def test_claims_hold_fail_or_are_not_run(tmp_path):
 
     assert said() == said(A=[(2.0, 8.0)]) == ["not run", "not run"]
     assert said(A=[(2.0, 8.0)], B=[(4.0, 30.0)]) == ["holds (full)", "holds (full; without C|D)"]
-    assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full)"
+    assert said(A=[(4.1, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full)"
     assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[1].startswith("does not hold here (full")
+
+
+def test_a_claim_is_too_close_to_say_within_the_deviations_or_what_is_shown(tmp_path):
+    table = tables_in(tmp_path / "own")
+
+    def said(**figures):
+        return verdicts(table, found_of(table, **figures))[0][1]
+
+    assert said(A=[(3.996, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full; close to B)"
+    assert said(A=[(4.004, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full; close to B)"
+    assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.4, 30.0), (3.6, 30.0)]) == "too close to say (full; close to B)"
+    assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.6, 30.0), (3.8, 30.0)]) == "holds (full)"
+
+
+def test_a_claim_on_a_figure_that_no_run_has_is_told_from_one_that_is_not_run(tmp_path):
+    table = tables_in(
+        tmp_path / "own",
+        **{
+            '"compression"]\n\n[recipe]': '"test_mse"]\n\n[recipe]',
+            'columns = ["error"]': 'columns = ["test_mse"]',
+            'columns = ["compression"]': 'columns = ["error"]',
+        },
+    )
+
+    def said(**figures):
+        return verdicts(table, found_of(table, **figures))[0][1]
+
+    assert said() == said(B=[(4.0, 30.0)]) == "not run"
+    assert said(A=[(3.0, 8.0)], B=[(4.0, 30.0)]) == "not to be had here"
 
 
 def test_markdown_and_html_hold_every_line_and_escape(tmp_path):
@@ -289,8 +325,8 @@ def test_markdown_and_html_hold_every_line_and_escape(tmp_path):
 def test_the_contents_count_rows_and_claims_and_lead_to_each_table(tmp_path):
     table = tables_in(tmp_path / "own")
     *_, line = contents([table], found_of(table, A=[(4.0, 8.0)], B=[(3.0, 30.0)])).splitlines()
-    assert line.endswith("| 2 of 3 | 1 | 1 | 0 |")
-    assert contents([table], Found()).endswith("| 0 of 3 | 0 | 0 | 2 |\n")
+    assert line.endswith("| 2 of 3 | 1 | 1 | 0 | 0 |")
+    assert contents([table], Found()).endswith("| 0 of 3 | 0 | 0 | 0 | 2 |\n")
     written = (Path(__file__).parents[2] / "docs" / "tables.md").read_text()
     anchors = [
         re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall("^## (.*)$", written, re.M)

@@ -132,14 +132,14 @@ def test_noise_is_drawn_apart_and_kl_is_that_of_each_net():
 
 def test_a_broken_off_run_goes_on_bit_for_bit(tmp_path):
     make = lambda: vd.convert(plain(), vd.SparseVD())  # noqa: E731
-    whole = train_together(members(tmp_path / "a", make), num_data=100, checkpoint_seconds=0.0)
+    whole = train_together(members(tmp_path / "a", make), num_data=100)
 
     def stop(member, epoch):
         if epoch.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_together(members(tmp_path / "b", make), num_data=100, checkpoint_seconds=0.0, on_epoch=stop)
+        train_together(members(tmp_path / "b", make), num_data=100, on_epoch=stop)
     kept = [len((tmp_path / "b" / str(seed) / HISTORY).read_text().splitlines()) for seed in range(3)]
     assert kept == [2, 2, 2]
     torch.manual_seed(77)

@@ -52,7 +52,6 @@ def run(folder: Path, net: nn.Module, *, identity="a", stop_after=None, evaluate
         num_data=len(data.y),
         evaluate=evaluate or (lambda model: (None, 0.5)),
         identity=identity,
-        checkpoint_seconds=0.0,
         on_epoch=on_epoch,
     )
 

@@ -56,6 +56,12 @@ class Figure:
         less = self.size(value) < self.size(other)
         return less if self.better == "lower" else self.size(value) > self.size(other)
 
+    def alike(self, value: Value, other: Value, *spreads: float | None) -> bool:
+        """Whether they differ by at most the standard deviations `spreads`, joined, or half the last decimal shown."""
+        layers = len(value) if isinstance(value, tuple) else 1
+        slack = max(0.5 * 10.0**-self.digits * layers, math.hypot(*(spread or 0.0 for spread in spreads)))
+        return abs(self.size(value) - self.size(other)) <= slack * (1 + 1e-9)
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -99,13 +105,11 @@ def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) ->
     layers = len(paper) if isinstance(paper, tuple) else 1
     if layers != (len(ours.value) if isinstance(ours.value, tuple) else 1):
         return ""
-    difference = figure.size(ours.value) - figure.size(paper)
-    worse = difference if figure.better == "lower" else -difference
-    rounding = 0.5 * 10.0**-figure.digits * layers
-    spread = math.hypot(ours.std or 0.0, paper_std or 0.0)
-    if abs(difference) <= max(rounding, spread) * (1 + 1e-9):
+    if figure.alike(ours.value, paper, ours.std, paper_std):
         return "within"
-    return "better" if worse < 0 else f"short by {worse:,.{figure.digits}f}"
+    if figure.beats(ours.value, paper):
+        return "better"
+    return f"short by {abs(figure.size(ours.value) - figure.size(paper)):,.{figure.digits}f}"
 
 
 def _sparsity(record: Mapping[str, Any]) -> Value | None:

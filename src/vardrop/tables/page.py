@@ -12,13 +12,15 @@ from vardrop.tables.figures import DASH, Figure, Joined, join, mark
 from vardrop.tables.recipes import Ordering, Row, Table
 from vardrop.tables.store import Found
 
-HOLDS, FAILS, NOT_RUN = "holds", "does not hold here", "not run"
+HOLDS, FAILS, CLOSE = "holds", "does not hold here", "too close to say"
+NOT_RUN, NO_FIGURE = "not run", "not to be had here"
 LEGEND = (
     "Ours is the mean over the seeds, or the median where the table says so, with the standard deviation where there "
     "are several; a list is layer by layer. *within*: it differs from the paper's figure by no more than both standard "
     "deviations joined (one seed has none, nor has a paper that prints none), or than half of the last decimal "
     "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
-    "sums. An em-dash: no figure."
+    "sums. A claim is too close to say where rows that it compares differ no more than that, and none the other way. "
+    "An em-dash: no figure."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
@@ -79,12 +81,14 @@ def markdown(table: Table, found: Found) -> str:
 
 def contents(tables: Sequence[Table], found: Found) -> str:
     """A line for each of `tables` in Markdown: how many rows were run, and how many of the paper's claims hold."""
-    head = ["table", "source", "rows run", "claims that hold", "that do not", "not run"]
+    head = ["table", "source", "rows run", "claims that hold", "that do not", CLOSE, "not checked"]
     rows = [head, ["---"] * len(head)]
     for table in tables:
         run = sum(bool(found.budgets(list(row.runs.values()))) for row in table.rows.values())
         said = [verdict for _, verdict in verdicts(table, found)]
-        counts = [sum(verdict.startswith(start) for verdict in said) for start in (HOLDS, FAILS, NOT_RUN)]
+        counts = [
+            sum(verdict.startswith(start) for verdict in said) for start in (HOLDS, FAILS, CLOSE, NOT_RUN, NO_FIGURE)
+        ]
         anchor = re.sub(r"[^\w\- ]", "", table.title.lower()).replace(" ", "-")
         rows.append([f"[{table.title}](#{anchor})", table.source, f"{run} of {len(table.rows)}", *map(str, counts)])
     return _grid(rows)
@@ -205,21 +209,31 @@ def _claim(table: Table, ordering: Ordering) -> str:
 def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
     """Whether the claim holds among the rows that were run, with the first budget that compares any."""
     best = table.rows[ordering.better]
-    for budget in found.budgets(list(best.runs.values())):
+    budgets = found.budgets(list(best.runs.values()))
+    for budget in budgets:
         broken, compared = False, False
-        missing: dict[str, list[str]] = {"without": [], "in part against": []}
+        missing: dict[str, list[str]] = {"without": [], "in part against": [], "close to": []}
         for name in ordering.than:
             pairs = [
-                (column, _joined(table, best, column, budget, found), other)
+                (table.figures[column], _joined(table, best, column, budget, found), other)
                 for column in ordering.columns
                 for other in [_joined(table, table.rows[name], column, budget, found)]
             ]
-            known = [(column, ours, other) for column, ours, other in pairs if ours is not None and other is not None]
+            known = [(figure, ours, other) for figure, ours, other in pairs if ours is not None and other is not None]
             if len(known) < len(pairs):
                 missing["in part against" if known else "without"].append(name)
+            apart = [
+                figure.beats(ours.value, other.value)
+                for figure, ours, other in known
+                if not figure.alike(ours.value, other.value, ours.std, other.std)
+            ]
+            if len(apart) < len(known):
+                missing["close to"].append(name)
             compared |= bool(known)
-            broken |= any(not table.figures[column].beats(ours.value, other.value) for column, ours, other in known)
+            broken |= not all(apart)
         if compared:
+            verdict = FAILS if broken else CLOSE if missing["close to"] else HOLDS
             rest = [f"{how} {', '.join(names)}" for how, names in missing.items() if names]
-            return f"{FAILS if broken else HOLDS} ({'; '.join([budget, *rest])})"
-    return NOT_RUN
+            return f"{verdict} ({'; '.join([budget, *rest])})"
+    figures = [_joined(table, best, column, budget, found) for column in ordering.columns for budget in budgets]
+    return NO_FIGURE if budgets and not any(figures) else NOT_RUN

@@ -215,7 +215,7 @@ def load_tables(folder: Path = PAPERS) -> dict[str, Table]:
     >>> load_tables()["svd-mnist-fc"].rows["Sparse VD"].paper["compression"]
     68
     """
-    stored = {path.stem: tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))}
+    stored = {path.stem: _read(path) for path in sorted(folder.glob("*.toml"))}
     if not stored:
         raise InvalidValueError(f"{folder} holds no tables: must hold TOML files, one for each")
     needs: dict[str, set[Need]] = {}
@@ -265,6 +265,25 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A table with all that it must say."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidValueError(f"{path} is not readable as TOML: {error}") from error
+    _has(f"table {path.stem}", table, "title", "source", "where", "rows")
+    _has(f"table {path.stem}", table, *(("nets", "figure") if "nets" in table else ("columns",)))
+    for row in table["rows"]:
+        _has(f"a row of table {path.stem}", row, "name")
+    return table
+
+
+def _has(what: str, given: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if key not in given:
+            raise InvalidValueError(f"{what} has no {key!r}: must say it")
+
+
 def _table(name: str, table: Mapping[str, Any], stored: Mapping[str, Any], needs: Mapping[str, set[Need]]) -> Table:
     figures = _figures(name, table)
     rows = {row["name"]: _row(name, row, stored, needs) for row in table["rows"]}
@@ -293,6 +312,7 @@ def _table(name: str, table: Mapping[str, Any], stored: Mapping[str, Any], needs
 
 def _figures(name: str, table: Mapping[str, Any]) -> dict[str, Figure]:
     if "nets" in table:
+        _known(f"the figure of table {name}", table["figure"], FIGURES)
         return dict.fromkeys(table["nets"], FIGURES[table["figure"]])
     for column in table["columns"]:
         _known(f"a column of table {name}", column, FIGURES)
@@ -323,6 +343,7 @@ def _run(name: str, row: str, column: str, stored: Mapping[str, Any], needs: Map
     recipe = _recipe(name, table.get("recipe", {}), given[row])
     if column:
         recipe["net"] = table["nets"][column]
+    _has(f"row {row!r} of table {name}, or its [recipe],", recipe, "method", "net", "data")
     before = _run(name, recipe["after"], column, stored, needs) if "after" in recipe else None
     return Run(name, row, column, recipe, frozenset(needs.get(f"{name}/{row}", ())), before)
 

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from vardrop.checkpoint import HISTORY
-from vardrop.compress import RUN, Job, compress, compress_together
+from vardrop.compress import RUN, compress, compress_together
 from vardrop.errors import ApartError, DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
 from vardrop.evaluate import evaluate, measure_run, read_run
 from vardrop.files import replace_file
 from vardrop.tables.figures import TIMED_BATCH, TIMED_THREADS
 from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
-from vardrop.tables.store import CELL, record_of
+from vardrop.tables.store import CELL, check_recipe, record_of
+from vardrop.together import why_alone
 from vardrop.zoo import load_data
 
 if TYPE_CHECKING:
@@ -133,10 +135,12 @@ def epochs_done(cell: Cell, folder: Path) -> int:
 def run_seeds(cells: Sequence[Cell], options: Options) -> None:
     """Trains the `cells` of one run in this process, or goes on where they were broken off; finished ones stay.
 
-    Several seeds train together, unless their method does not allow it: then one after the other.
+    Several seeds train together, unless their method does not allow it: then one after the other, and one that fails
+    does not stop the rest.
 
     Raises:
         BusyError: another process works on one of them.
+        VardropError: some of them failed; says why.
     """
     with ExitStack() as locks:
         for cell in cells:
@@ -148,24 +152,29 @@ def run_seeds(cells: Sequence[Cell], options: Options) -> None:
             for cell in left
             if not (options.folder / cell.place / RUN).exists()
         }
-        _train_all(jobs)
+        if len(jobs) > 1:
+            with suppress(ApartError):
+                compress_together(jobs)
+                jobs = {}
+        failed: dict[int, VardropError] = {}
         for cell in left:
-            _keep_figures(cell, options)
-
-
-def _train_all(jobs: dict[Path, Job]) -> None:
-    if len(jobs) > 1:
-        with suppress(ApartError):
-            compress_together(jobs)
-            return
-    for place, job in jobs.items():
-        compress(job, place)
+            place = options.folder / cell.place
+            try:
+                if place in jobs:
+                    compress(jobs[place], place)
+                _keep_figures(cell, options)
+            except VardropError as error:
+                failed[cell.seed] = error
+        if failed:
+            reasons = [f"seed {seed}: {error}" if len(cells) > 1 else str(error) for seed, error in failed.items()]
+            raise VardropError("; ".join(reasons))
 
 
 def _keep_figures(cell: Cell, options: Options) -> None:
     """Writes the record of a trained `cell`, with all that tables show of it."""
     place = options.folder / cell.place
     record = read_run(place)
+    check_recipe(cell, record, place)
     if cell.run.needs & {"sizes", "times"}:
         record |= _measured(cell, place, options)
     if "ensemble" in cell.run.needs:
@@ -220,42 +229,59 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
             continue
         watch.on_end(cell, reason)
     _drop_without_data(waiting, options, outcome, watch)
-    working: list[tuple[list[Cell], subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or working:
-            for cell in list(waiting):
-                if len(working) < options.jobs and cell in waiting:
-                    _start(cell, waiting, working, options, outcome, watch)
-            for group, process in list(working):
-                if process.poll() is not None:
-                    working.remove((group, process))
-                    if process.returncode == BUSY:
-                        waiting.extend(group)
-                        continue
-                    _end(group, process.returncode, options, outcome, watch)
-            watch.on_tick()
-            time.sleep(TICK if waiting or working else 0.0)
-    finally:
-        for _, process in working:
-            process.send_signal(signal.SIGINT)
-        for _, process in working:
-            process.wait()
+    working: dict[int, tuple[list[Cell], subprocess.Popen[bytes]]] = {}
+    with _ended_by_sigterm():
+        try:
+            while waiting or working:
+                for cell in list(waiting):
+                    if len(working) < options.jobs and cell in waiting:
+                        _start(cell, waiting, working, options, outcome, watch)
+                for slot, (group, process) in list(working.items()):
+                    if process.poll() is not None:
+                        del working[slot]
+                        if process.returncode == BUSY:
+                            waiting.extend(group)
+                            continue
+                        _end(group, process.returncode, options, outcome, watch)
+                watch.on_tick()
+                time.sleep(TICK if waiting or working else 0.0)
+        finally:
+            for _, process in working.values():
+                process.send_signal(signal.SIGINT)
+            for _, process in working.values():
+                process.wait()
     return outcome
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does, so that no process is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def _start(
     cell: Cell,
     waiting: list[Cell],
-    working: list[tuple[list[Cell], subprocess.Popen[bytes]]],
+    working: dict[int, tuple[list[Cell], subprocess.Popen[bytes]]],
     options: Options,
     outcome: Outcome,
     watch: Watch,
 ) -> None:
     """Starts `cell`, with its other seeds where they train together, if its turn has come."""
-    mates = [mate for mate in waiting if mate.run == cell.run] if options.batched else [cell]
+    job = cell.job(options.folder)
+    batched = options.batched and why_alone(job.schedule, [job.method, *dict(job.parts).values()]) is None
+    mates = [mate for mate in waiting if mate.run == cell.run] if batched else [cell]
     group = [mate for mate in mates if _is_ready(mate, waiting, options, outcome, watch)]
     if group:
-        working.append((group, _process(group, options)))
+        slot = min(set(range(options.jobs)) - working.keys())
+        working[slot] = group, _process(group, options, slot)
     for mate in group:
         waiting.remove(mate)
         watch.on_start(mate)
@@ -300,7 +326,8 @@ def _reason(status: int, log: Path) -> str:
     return said[-1].removeprefix("error: ") if said else f"its process ended with status {status}"
 
 
-def _process(cells: Sequence[Cell], options: Options) -> subprocess.Popen[bytes]:
+def _process(cells: Sequence[Cell], options: Options, slot: int) -> subprocess.Popen[bytes]:
+    """A process that trains `cells`, on the device of this `slot`, counted from 0."""
     run = cells[0].run
     told = {
         "table": run.table,
@@ -316,6 +343,10 @@ def _process(cells: Sequence[Cell], options: Options) -> subprocess.Popen[bytes]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if options.device == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
+    elif torch.cuda.is_available():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        devices = seen.split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     with _log(cells[0], options).open("wb") as log:
         command = [sys.executable, "-m", "vardrop.tables", json.dumps(told)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -50,7 +50,7 @@ def record_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = _read(path)
-    _check_recipe(cell, record, path.parent)
+    check_recipe(cell, record, path.parent)
     return record if all(need in record for need in cell.run.needs) else None
 
 
@@ -97,12 +97,12 @@ def _found(folder: Path, runs: Sequence[Run], name: re.Pattern[str], pattern: st
             match = name.fullmatch(path.relative_to(folder / place).as_posix())
             if match:
                 record = _read(path)
-                _check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
+                check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
                 found.add(place, match["budget"], int(match["seed"]), record)
     return found
 
 
-def _check_recipe(cell: Cell, record: Mapping[str, Any], where: Path) -> None:
+def check_recipe(cell: Cell, record: Mapping[str, Any], where: Path) -> None:
     """Raises unless the recipe still says what the `record` was made with; what either knows nothing of may differ."""
     wanted = json.loads(json.dumps(cell.job(Path()).config))
     differing = [
