@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vardrop.checkpoint import Epoch
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
-from vardrop.files import replace_file
+from vardrop.files import PART, replace_file
 from vardrop.io import load_weights, methods_by_layer, save, size_on_disk
 from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
 from vardrop.methods import Method
@@ -31,7 +31,7 @@ from vardrop.surgery.prune import Pruned, count_alive, prune
 from vardrop.surgery.selection import select_inputs
 from vardrop.surgery.shrink import why_whole
 from vardrop.together import Member, train_together
-from vardrop.train import Schedule, train
+from vardrop.train import Schedule, accelerator_of, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
 RUN = "run.json"
@@ -156,7 +156,9 @@ def compress_together(jobs: Mapping[Path, Job], *, listeners: Listeners | None =
         DataError: the data does not fit the net, or cannot be trained on.
     """
     listeners = listeners or Listeners()
-    works = [_begin(job, folder) for folder, job in jobs.items()]
+    works: list[_Work] = []
+    for folder, job in jobs.items():
+        works.append(_begin(job, folder, works[0].data if works and works[0].job.data == job.data else None))
     job = works[0].job
     if job.pretrain:
         listeners.on_stage("plain", job.pretrain)
@@ -204,11 +206,11 @@ class _Work:
         return valid_error, error_and_nll(model, self.data.test)[0]
 
 
-def _begin(job: Job, folder: Path) -> _Work:
-    """The net before its training, and the data."""
+def _begin(job: Job, folder: Path, data: Data | None = None) -> _Work:
+    """The net before its training, and the data, which are read where they are not given."""
     _check_folder(folder, job)
     facts = {"commit": _commit(), "original": None, "compile_seconds": 0.0}
-    data = load_data(job.data, data_root=job.data_root)
+    data = data or load_data(job.data, data_root=job.data_root)
     torch.manual_seed(job.schedule.seed)
     net = build_net(job.net, input_shape=data.input_shape, num_classes=data.num_classes)
     check_fits(job.net, net, data)
@@ -307,7 +309,7 @@ def _check_folder(folder: Path, job: Job) -> None:
         if stored != wanted:
             differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
             raise StorageError(f"{folder} holds another run (it differs in {differing}): choose another folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.suffix != PART for path in folder.iterdir())):
         raise StorageError(f"{folder} is not empty and holds no run: choose an empty or a new folder")
 
 
@@ -329,10 +331,13 @@ def _train(work: _Work, schedule: Schedule, folder: Path, listeners: Listeners) 
 def _train_together(
     works: Sequence[_Work], schedules: Sequence[Schedule], folder: str, listeners: Listeners
 ) -> list[list[Epoch]]:
+    device = accelerator_of().device
+    fits = {id(work.fit): work.fit for work in works}
+    fits = {key: fit.on(device) for key, fit in fits.items()}  # one copy for all that learn from the same examples
     members = [
         Member(
             work.net,
-            Batches(work.fit, schedule.batch_size, seed=schedule.seed),
+            Batches(fits[id(work.fit)], schedule.batch_size, seed=schedule.seed),
             schedule,
             work.folder / folder,
             work.identity,

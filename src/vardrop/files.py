@@ -9,6 +9,9 @@ from pathlib import Path
 
 from vardrop.errors import StorageError
 
+PART = ".part"
+"""Suffix of a file that is being written; one whose process was killed stays behind and is no one's."""
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, flushes it to disk and renames it to `path` in one stroke.
@@ -16,7 +19,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: the file could not be written; what was at `path` before is still there.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)

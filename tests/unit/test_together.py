@@ -15,7 +15,7 @@ from vardrop.errors import ApartError, TrainingError
 from vardrop.methods import methods
 from vardrop.together import Member, _Stack, train_together
 from vardrop.train import Schedule, train
-from vardrop.zoo import Batches
+from vardrop.zoo import Batches, load_data
 from vardrop.zoo.data import Split
 
 SHORT = Schedule(epochs=3, batch_size=32, decay_from=1, warmup_start=0, warmup_epochs=2)
@@ -121,7 +121,8 @@ def test_noise_is_drawn_apart_and_kl_is_that_of_each_net():
     with _Stack([first.train(), second.train()]) as stack:
         _, kls, logits = stack.losses(x, y, torch.no_grad)
         logits = logits.detach()
-        assert kls.tolist() == pytest.approx([float(vd.kl(first)), float(vd.kl(second))], rel=1e-5)
+    expected = [vd.kl(net).item() for net in (first, second)]
+    assert kls.tolist() == pytest.approx(expected, rel=1e-5)
     for net, drawn in zip((first, second), logits, strict=True):
         std = ((x[0, :1] ** 2) @ torch.exp(2 * net.noise.log_std).T).sqrt()[0]
         torch.testing.assert_close(drawn.std(dim=0), std, rtol=0.05, atol=0.0)
@@ -184,14 +185,19 @@ def test_recurrent_nets_train_one_by_one(tmp_path):
         train_together(members(tmp_path, lambda: vd.convert(Last(), vd.SparseVD())), num_data=100)
 
 
-def test_the_whole_road_together_equals_the_road_alone_without_noise(tmp_path):
+def test_the_whole_road_together_equals_the_road_alone_without_noise(tmp_path, monkeypatch):
     schedule = Schedule(epochs=2, decay_from=1, warmup_start=0, warmup_epochs=0)
     method = vd.BernoulliDropout(rate=0.0)
     jobs = [
         Job("lenet-300-100", "digits", method, replace(schedule, seed=seed), pretrain=1, validation=200)
         for seed in (0, 1)
     ]
+    reads = []
+    monkeypatch.setattr(
+        "vardrop.compress.load_data", lambda *told, **named: reads.append(told) or load_data(*told, **named)
+    )
     found = compress_together({tmp_path / f"a{job.schedule.seed}": job for job in jobs})
+    assert len(reads) == 1
     for job, one in zip(jobs, found, strict=True):
         other = compress(job, tmp_path / f"b{job.schedule.seed}")
         assert one["together"] == 2 and "together" not in other

@@ -17,6 +17,7 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.checkpoint import CHECKPOINT, HISTORY
+from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError, StorageError, TrainingError
 from vardrop.files import replace_file
 from vardrop.train import Schedule, train
@@ -104,6 +105,14 @@ def test_a_finished_run_trains_no_further(tmp_path):
     again = fresh()
     assert without_time(run(tmp_path, again)) == without_time(first)
     assert torch.equal(again[0].weight, net[0].weight)
+
+
+def test_what_a_killed_process_left_half_written_stops_no_run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.json.123.part").write_text("{")
+    job = Job("mlp-20", "digits", vd.ARD(), dataclasses.replace(SCHEDULE, epochs=1, decay_from=0))
+    assert compress(job, folder)["seed"] == SCHEDULE.seed
 
 
 def test_kill_minus_nine_in_the_middle_of_an_epoch_costs_only_that_epoch(tmp_path):

@@ -28,10 +28,7 @@ class Batches:
 
     def to(self, device: torch.device) -> None:
         """Keeps all examples on `device`, where they find room there; else each minibatch is brought when it is due."""
-        try:
-            self.split = Split(*(part.to(device) for part in self.split))
-        except torch.OutOfMemoryError:
-            return
+        self.split = self.split.on(device)
 
     def __len__(self) -> int:
         return -(-len(self.split.y) // self.batch_size)

@@ -48,6 +48,13 @@ class Split(NamedTuple):
     x: Tensor
     y: Tensor
 
+    def on(self, device: torch.device) -> Split:
+        """The same on `device`, or as it is where it finds no room there."""
+        try:
+            return Split(self.x.to(device), self.y.to(device))
+        except torch.OutOfMemoryError:
+            return self
+
 
 @dataclass(frozen=True)
 class Data:

@@ -72,7 +72,7 @@ def mlp(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
 
 
 def conv_small(input_shape: Shape, num_classes: int, option: str = "") -> nn.Module:
-    """Two 3x3 convolutions of stride 2 (32s and 64s channels) and a dense layer (128s), softplus between.
+    """Two 3x3 convolutions of stride 2 (32s and 64s channels) and two dense layers (128s), softplus between.
 
     ``conv-small`` has s = 1, ``conv-small-1.5`` has s = 1.5. Source: arXiv:1811.07533, section 5.2.
     """
