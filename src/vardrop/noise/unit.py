@@ -30,7 +30,7 @@ class BernoulliNoise(Noise):
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.drawn:
             examples = x.shape[0] if x.dim() >= weight.dim() else 1
-            x = x * self.kept(x.shape, x, examples) / (1.0 - self.rate)
+            x = x * (self.kept(x.shape, x, examples).to(x.dtype) / (1.0 - self.rate))
         return operation(x, self.masked(weight), bias)
 
     def sample_weight(self, weight: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class BernoulliNoise(Noise):
         if not self.drawn:
             return weight
         shape = torch.Size(size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape))
-        return weight * self.kept(shape, weight, 1) / (1.0 - self.rate)
+        return weight * (self.kept(shape, weight, 1).to(weight.dtype) / (1.0 - self.rate))
 
     def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
         """Which inputs are kept, of this `shape`, where `like` lies; so many `examples` lie in it one after another."""
@@ -96,6 +96,7 @@ def worst_near(mask: Tensor, gradient: Tensor, budget: float, examples: int) -> 
     would lower the loss to first order (arXiv:1707.03631, algorithm 1).
     """
     gain = (gradient * (1.0 - 2.0 * mask)).reshape(examples, -1)
-    best = gain.topk(int(budget * gain.shape[1]), dim=1)
-    change = torch.zeros_like(gain).scatter(1, best.indices, (best.values > 0).to(gain.dtype)).view_as(mask)
-    return mask + change * (1.0 - 2.0 * mask)
+    best = gain.topk(int(budget * gain.shape[1]), dim=1, sorted=False)
+    rows = mask.reshape(examples, -1)
+    now = rows.gather(1, best.indices)
+    return rows.scatter(1, best.indices, torch.where(best.values > 0, 1.0 - now, now)).view_as(mask)
