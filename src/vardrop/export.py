@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import warnings
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vardrop.errors import ConversionError, InvalidValueError, MissingExtraError, StorageError
 from vardrop.files import replace_file
 from vardrop.sites import sites
-from vardrop.surgery.convert import strip
+from vardrop.surgery.plain import plain_copy
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 
@@ -38,7 +38,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         InvalidValueError: `example_inputs` holds something else than tensors with a batch dimension.
         ConversionError: the noise of the model is switched on, the model does not run on such inputs (or on a batch
             one longer), or torch cannot export it.
-        StorageError: onnxruntime gives other outputs, or the file cannot be written.
+        GraphError: a weight with noise is used outside its layer too, so that no plain model computes the same.
+        StorageError: onnxruntime does not take the file or gives other outputs, or the file cannot be written.
         MissingExtraError: the extra ``onnx`` is not installed.
 
     >>> import tempfile, pathlib
@@ -61,7 +62,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         )
     if any(site.noise.on for site in sites(model)):
         raise ConversionError("the noise of the model is switched on: call vardrop.noise(model, on=None) before export")
-    plain = strip(deepcopy(model)).eval()
+    plain = plain_copy(model, inputs).eval()
     longer = tuple(torch.cat([x, x[:1]]) for x in inputs)
     expected = [(batch, _outputs(plain, batch)) for batch in (inputs, longer)]
     program = _export(plain, longer)
@@ -69,7 +70,14 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
     def write(aside: Path) -> None:
         with _quiet():
             program.save(str(aside), external_data=False)
-        runner = onnxruntime.InferenceSession(str(aside), providers=["CPUExecutionProvider"])
+        try:
+            runner = onnxruntime.InferenceSession(str(aside), providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no class of their own
+            reason = str(error).strip().partition("\n")[0]
+            raise StorageError(
+                f"onnxruntime does not take the exported {type(model).__name__}: {reason}; a net in half precision is "
+                "exported after model.float()"
+            ) from error
         for batch, outputs in expected:
             for difference in _differences(runner, batch, outputs):
                 if not difference <= LARGEST_RELATIVE_DIFFERENCE:
@@ -88,7 +96,11 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    shapes: tuple[Any, ...] = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        shapes = (*shapes[:named], shapes[named:])
     try:
         with _quiet():
             return torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)

@@ -41,6 +41,23 @@ HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterL
 LISTED = 8
 
 
+def _is_method(entry: Any) -> bool:
+    known = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    return known and isinstance(entry.get("fields"), dict)
+
+
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "aliases": lambda entry: isinstance(entry, str),
+    "layers": lambda entry: isinstance(entry, dict),
+    "dense_shapes": lambda entry: isinstance(entry, list) and all(isinstance(size, int) for size in entry),
+    "methods": lambda entry: all(map(_is_method, entry if isinstance(entry, list) else [entry])),
+    "gates": lambda entry: isinstance(entry, dict) and {"shape", "place"} <= entry.keys(),
+    "selections": lambda entry: isinstance(entry, int),
+}
+"""The tables of a record, and what an entry of each looks like."""
+OPTIONAL = ("gates", "selections")
+
+
 def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrite: bool = False) -> None:
     """Stores `model`, plain, compacted or converted, in `folder`.
 
@@ -123,8 +140,11 @@ def _filled(folder: Path, model: nn.Module, record: dict[str, Any], tensors: dic
     """The freshly built `model`, cut, converted and with the values of what `folder` stores."""
     state = _with_aliases(record, tensors)
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
+    astray = sorted(noisy.keys() - dict(model.named_modules(remove_duplicate=False)).keys())
+    if astray:
+        raise StorageError(f"{folder} holds noise for {astray[0]!r}, which the built {type(model).__name__} lacks")
     _hang_children(folder, model, record.get("gates", {}), record.get("selections", {}))
-    _check_fits(folder, model, record, _without_noise(state, noisy))
+    _check_fits(folder, model, record, _without_noise(state, _all_names(model, noisy)))
     resize(model, record["layers"], state)
     attach(model, noisy)
     _check_same(folder, model, state)
@@ -311,9 +331,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if kind != FORMAT:
         newer = ": update vardrop" if isinstance(kind, int) and kind > FORMAT else ""
         raise StorageError(f"{folder / RECORD} has format {kind!r}, this version reads format {FORMAT}{newer}")
-    for key in ("aliases", "layers", "dense_shapes", "methods"):
-        if not isinstance(record.get(key), dict):
+    for key, is_entry in ENTRIES.items():
+        table = record.get(key, {} if key in OPTIONAL else None)
+        if not isinstance(table, dict):
             raise StorageError(f"{folder / RECORD} is damaged: it has no table {key!r}")
+        for name, entry in table.items():
+            if not is_entry(entry):
+                raise StorageError(f"{folder / RECORD} is damaged: {key} of {name!r} is {entry!r:.80}")
     astray = sorted(set(record["aliases"].values()) - set(record["dense_shapes"]))
     if astray:
         raise StorageError(f"{folder / RECORD} is damaged: nothing called {astray[0]!r} is stored to be tied to")
@@ -366,6 +390,13 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
         return known[entry["name"]](**entry["fields"])
     except (TypeError, InvalidValueError) as error:
         raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
+
+
+def _all_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """All names of the modules of `model` called so: one that hangs in two places has two."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    meant = {modules[name] for name in names if name in modules}
+    return [name for name, module in modules.items() if module in meant]
 
 
 def _without_noise(state: dict[str, Tensor], noisy: Iterable[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import InvalidValueError
 from vardrop.lrt import at_least_float32
@@ -71,15 +72,22 @@ def predict(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.
         Probabilities of the shape of the logits, in float32 or better; they sum to one over dimension 1.
 
     Raises:
-        InvalidValueError: `samples` is below 1.
+        InvalidValueError: `samples` is below 1, or the model returns something else.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.predict(net, torch.randn(2, 8), samples=3).sum(dim=1)
     tensor([1., 1.])
     """
     with _noisy_eval(model, generator):
-        parts = (torch.softmax(at_least_float32(part), dim=2).sum(dim=0) for part in _passes(model, x, samples))
+        parts = (_probabilities(part).sum(dim=0) for part in _passes(model, x, samples))
         return reduce(torch.add, parts) / samples
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """Of logits ``(some, N, classes, *)``."""
+    if logits.dim() < 3:
+        raise InvalidValueError(f"the model returns shape {tuple(logits.shape[1:])}: must be (N, classes, *)")
+    return torch.softmax(at_least_float32(logits), dim=2)
 
 
 def draws(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None) -> Tensor:
@@ -95,7 +103,7 @@ def draws(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Ge
         generator: source of the draws.
 
     Raises:
-        InvalidValueError: `samples` is below 1.
+        InvalidValueError: `samples` is below 1, or the model returns something else than a tensor.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.draws(net, torch.randn(2, 8), samples=3).shape
@@ -123,14 +131,18 @@ def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
 
     The first is a plain call, which also tells how many fit into one pass. The others run under ``vmap``, in which
     every random number is drawn anew for each sample, be it one for each example or one for the whole minibatch.
-    What ``vmap`` cannot follow, such as recurrent layers, is called once for each sample.
+    What ``vmap`` cannot follow, such as recurrent layers, is called once for each sample, and so is a model with hooks.
     """
-    if samples < 1:
-        raise InvalidValueError(f"samples={samples}: must be at least 1")
+    if not isinstance(samples, int) or samples < 1:
+        raise InvalidValueError(f"samples={samples}: must be a whole number, at least 1")
     first, size = _first_pass(model, x)
+    if not isinstance(first, Tensor):
+        raise InvalidValueError(
+            f"the model returns a {type(first).__name__}: must return a tensor; wrap it in a module that picks one"
+        )
     yield first[None]
     left = samples - 1
-    some = min(left, LARGEST_PASS // size)
+    some = 1 if _is_watched(model) else min(left, LARGEST_PASS // size)
     while left > 0:
         together = _together(model, x, min(some, left)) if some > 1 else None
         if together is None:
@@ -156,17 +168,39 @@ def _first_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
             handle.remove()
 
 
+def _is_watched(model: nn.Module) -> bool:
+    """Whether somebody's hooks look at the passes of `model`: they are to see one at a time."""
+    kinds = ((*module._forward_hooks.values(), *module._forward_pre_hooks.values()) for module in model.modules())
+    hooks = (hook for found in kinds for hook in found)
+    return any(not getattr(hook, "__module__", "").startswith("vardrop.") for hook in hooks)
+
+
 def _draws_whole_weight(site: Site) -> bool:
     local = getattr(site.noise, "sampling", "local") == "local"
     return site.counts == "weights" and not (local and isinstance(site.layer, LOCAL_LAYERS))
 
 
 def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
-    """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model."""
+    """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model.
+
+    It cannot follow one that keeps what it computes: then the model is given back as it was.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    found: Tensor | None
     try:
         with batched(model):
             each = torch.func.vmap(lambda _: model(x), randomness="different")
-            found: Tensor = each(torch.empty(samples))
-            return found
+            found = each(torch.empty(samples))
     except RuntimeError:
+        found = None
+    kept = (value for module, _, _ in before for value in (*vars(module).values(), *module._buffers.values()))
+    if found is None or any(
+        torch._C._functorch.is_batchedtensor(leaf) for leaf in tree_leaves(list(kept)) if isinstance(leaf, Tensor)
+    ):
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         return None
+    return found

@@ -233,6 +233,33 @@ def test_student_t_kl_and_gradients(a, b, dtype, error):
         assert by_mean[index].item() * math.exp(log_std) == pytest.approx(slope * math.exp(log_std), abs=2e-4)
 
 
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (0.6, 0.01), (1.0, 1e-3)])
+@pytest.mark.parametrize(
+    ("mean", "log_std"), [(1.0, 5.0), (0.0, 10.0), (-3.0, 20.0), (2e4, 0.0), (1e6, 9.0), (1.0, 40.0)]
+)
+def test_student_t_kl_stays_near_and_grows_beyond_what_the_quadrature_covers(a, b, mean, log_std):
+    def kl(log_std):
+        std, half = mp.exp(log_std), mp.sqrt(2 * mp.mpf(b))
+        center = mp.mpf(mean) / std
+        edges = sorted(
+            {-14, 0, 14, *(-center + sign * half * mp.mpf(10) ** k / std for sign in (-1, 1) for k in (0, 3, 9))}
+        )
+        edges = [edge for edge in edges if -14 <= edge <= 14]
+        expected = mp.quad(lambda z: mp.npdf(z) * mp.log1p((mean + std * z) ** 2 / (2 * b)), edges)
+        log_norm = mp.loggamma(a + 0.5) - mp.loggamma(a) - mp.log(2 * mp.pi * b) / 2
+        return float((a + 0.5) * expected - log_std - mp.log(2 * mp.pi * mp.e) / 2 - log_norm)
+
+    value, by_mean, by_log_std = with_gradients(
+        lambda m, s: F.student_t_kl(m, s, a, b), (mean,), (log_std,), torch.float64
+    )
+    assert -1e-6 <= value.item() - kl(log_std) <= 0.036 * (a + 0.5) * math.sqrt(b) + 1e-6
+    slope = (kl(log_std + 1e-3) - kl(log_std - 1e-3)) / 2e-3
+    assert by_log_std.item() == pytest.approx(slope, abs=0.04 * math.sqrt(b) * (a + 0.5) + 1e-4)
+    assert math.isfinite(by_mean.item())
+    for found in with_gradients(lambda m, s: F.student_t_kl(m, s, a, b), (mean,), (log_std,), torch.float32):
+        assert found.isfinite().all()
+
+
 def test_student_t_one_draw_is_an_unbiased_estimate():
     mean, log_std = torch.full((1,), 0.3), torch.full((1,), -1.0)
     draws = torch.randn(200_000)

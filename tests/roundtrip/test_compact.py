@@ -74,6 +74,34 @@ def test_a_dry_run_gives_the_plan_alone():
     assert plan.parameters_before == parameters(vd.strip(deepcopy(model)))
 
 
+class Keeping(nn.Module):
+    """Keeps what it computes, which torch does not copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.features = {"first": [self.first(x).relu()]}
+        return self.last(self.features["first"][0])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.features:UserWarning")
+def test_a_net_that_keeps_what_it_computed_is_copied(tmp_path):
+    model, x = vd.convert(Keeping(), vd.ARD()), torch.randn(3, 4)
+    vd.ELBO(num_data=3)(model, model(x).sum()).backward()
+    for site in vd.sites(model):
+        site.noise.mask = torch.ones_like(site.weight, dtype=torch.bool)
+    model.first.noise.mask[:5] = False
+    small = vd.compact(model, x)
+    assert small.first.out_features == 3 and model.features["first"][0].requires_grad
+    torch.testing.assert_close(small.eval()(x), model.eval()(x))
+    vd.export_onnx(model, tmp_path / "net.onnx", x)
+    model.train()(x)
+    vd.shrink(model, torch.optim.Adam(model.parameters()), x)
+    assert model.first.out_features == 3
+
+
 def test_its_errors_are_those_of_the_cut():
     model = pruned(net(), vd.ARD())
     with pytest.raises(InvalidValueError, match="on_unknown='maybe'"):

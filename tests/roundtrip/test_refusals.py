@@ -52,6 +52,17 @@ def test_an_operation_without_a_rule_is_named_with_its_line():
     assert done["first"].kept[0][0].startswith("read by special_i0 in")
 
 
+def test_complex_units_stay_and_complex_outputs_are_compared():
+    model = nn.Sequential(nn.Linear(4, 6, dtype=torch.cfloat), nn.Tanh(), nn.Linear(6, 2, dtype=torch.cfloat))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    x = torch.randn(2, 4, dtype=torch.cfloat)
+    small = deepcopy(model)
+    cut(small, x)
+    torch.testing.assert_close(small(x), model(x))
+    assert not cut_module.equal([x], [x + 1j])
+
+
 def test_an_unknown_operation_on_the_inputs_alone_is_no_obstacle():
     model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2))
     kill(model[0], [0])

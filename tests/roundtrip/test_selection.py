@@ -102,6 +102,21 @@ def test_what_saves_too_little_or_is_shared_stays(x):
     assert [layer.in_features for layer in vd.select_inputs(pair, least=1)] == [6, 6]
 
 
+@pytest.mark.parametrize("name", ["gate", "noise"])
+def test_a_plain_child_that_is_called_like_noise_is_none(name):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, nn.Linear(50, 2))
+
+        def forward(self, x):
+            return getattr(self, name)(x)
+
+    net = Gated().requires_grad_(False)
+    getattr(net, name).weight[:, 10:] = 0
+    assert getattr(vd.select_inputs(net, least=1), name).in_features == 10
+
+
 def test_bad_input(x):
     with pytest.raises(InvalidValueError, match="least=0: must be at least 1"):
         vd.select_inputs(plain(), least=0)

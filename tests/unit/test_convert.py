@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import vardrop as vd
-from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
+from vardrop.errors import ConversionError, GraphError, InvalidValueError, UnsupportedLayerError
 
 
 def net():
@@ -80,6 +81,70 @@ def test_tied_weights_share_one_noise_and_pay_once():
     vd.convert(model, vd.ARD(init_spread=0.0))
     assert model[0].noise is model[1].noise
     torch.testing.assert_close(vd.kl(model), single)
+
+
+class Tied(nn.Module):
+    """A language model whose output layer has the embedding's weight, as a layer or as a call."""
+
+    def __init__(self, *, call):
+        super().__init__()
+        self.table, self.middle, self.call = nn.Embedding(20, 8), nn.Linear(8, 8), call
+        if not call:
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        x = self.middle(self.table(x)).relu()
+        return nn.functional.linear(x, self.table.weight) if self.call else self.head(x)
+
+
+def test_a_weight_tied_to_a_layer_that_stays_plain_is_refused():
+    for options in ({"exclude": "head"}, {"include": "head"}, {"exclude": "table"}):
+        with pytest.raises(ConversionError, match=r"shares its weight with '(head|table)', which stays plain"):
+            vd.convert(Tied(call=False), vd.ARD(), **options)
+    assert names(vd.convert(Tied(call=False), vd.ARD(), exclude=["head", "table"])) == ["middle"]
+    assert names(vd.convert(Tied(call=False), vd.ARD())) == ["table", "middle"]
+
+
+def test_layers_with_one_weight_take_one_method():
+    with pytest.raises(InvalidValueError, match="'table' and 'head' share a weight but are given different methods"):
+        vd.convert(Tied(call=False), {"table": vd.SparseVD(), "*": vd.ARD()})
+
+
+@pytest.mark.parametrize("method", [vd.ARD(threshold=0.5), vd.BetaBernoulli(place="output")], ids=["weights", "units"])
+def test_no_plain_net_is_given_out_for_one_that_reads_a_noisy_weight_elsewhere(method, tmp_path):
+    model, x = vd.convert(Tied(call=True), {"table": method}).eval(), torch.randint(20, (4, 5))
+    vd.prune(model)
+    before = model(x)
+    with pytest.raises(GraphError, match="a weight that has noise or a gate is also used outside its layer"):
+        vd.compact(model, x)
+    with pytest.raises(GraphError, match="a weight that has noise or a gate is also used outside its layer"):
+        vd.export_onnx(model, tmp_path / "net.onnx", x)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "parametrized", "orthogonal", "prune"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_layer_whose_weight_is_computed_is_refused(wrap):
+    model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Linear(3, 2))
+    with pytest.raises(UnsupportedLayerError, match="'0' computes its weight anew for each pass"):
+        vd.convert(model, vd.ARD())
+    assert names(vd.convert(model, vd.ARD(), exclude="0*")) == ["1"]
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(UnsupportedLayerError, match=r"'0' has weights of type torch.complex64: must be real"):
+        vd.convert(nn.Sequential(nn.Linear(4, 3, dtype=torch.cfloat)), vd.ARD())
 
 
 def test_hooks_and_an_optimizer_made_earlier_stay_valid():

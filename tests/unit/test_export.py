@@ -67,6 +67,28 @@ def test_several_inputs_and_outputs(tmp_path):
     torch.testing.assert_close(found[1], second["sum"], rtol=1e-4, atol=1e-5)
 
 
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, first, *others):
+        return self.layer(sum(others, first))
+
+
+def test_a_forward_that_takes_any_number_of_inputs(tmp_path):
+    net, path = Sum(), tmp_path / "net.onnx"
+    vd.export_onnx(net, path, tuple(torch.randn(2, 4) for _ in range(3)))
+    inputs = [torch.randn(7, 4) for _ in range(3)]
+    torch.testing.assert_close(run(path, *inputs)[0], net(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_onnxruntime_does_not_take_is_told(tmp_path):
+    with pytest.raises(StorageError, match=r"does not take the exported Linear: .* exported after model.float\(\)"):
+        vd.export_onnx(nn.Linear(4, 3).bfloat16(), tmp_path / "net.onnx", torch.randn(2, 4).bfloat16())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_converted_model_is_left_as_it_is_and_costs_no_more_bytes_than_a_plain_one(tmp_path):
     net = nn.Sequential(nn.Linear(60, 50), nn.ReLU(inplace=True))
     vd.export_onnx(net, tmp_path / "plain.onnx", torch.randn(2, 60))

@@ -146,6 +146,19 @@ def test_a_module_used_under_two_names_comes_back_as_one(tmp_path):
     assert torch.equal(loaded(torch.ones(1, 3)), small(torch.ones(1, 3)))
 
 
+@pytest.mark.parametrize("method", [vd.ARD(), vd.BetaBernoulli()], ids=["weights", "units"])
+def test_noise_of_a_module_under_two_names_comes_back(tmp_path, method):
+    def shared():
+        layer = nn.Linear(6, 6)
+        return nn.ModuleDict({"body": layer, "layers": nn.ModuleList([layer]), "last": nn.Linear(6, 2)})
+
+    net = vd.convert(shared(), method)
+    vd.save(net, tmp_path / "net")
+    loaded = vd.load(tmp_path / "net", shared)
+    assert loaded["body"] is loaded["layers"][0]
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
+
+
 @pytest.mark.parametrize("method", vd.methods().values(), ids=vd.methods())
 def test_every_method_comes_back_on_a_cut_net(tmp_path, method):
     """A compacted net may be converted once more, to be trained on."""

@@ -37,6 +37,20 @@ def edit(folder, change):
 DAMAGES = {
     "no-table": (lambda record: record.pop("layers"), "vardrop.json is damaged: it has no table 'layers'"),
     "no-dict": (lambda record: record.update(methods=[]), "vardrop.json is damaged: it has no table 'methods'"),
+    "tie-to-a-list": (lambda record: record["aliases"].update(x=[1]), r"damaged: aliases of 'x' is \[1\]"),
+    "layer-in-words": (lambda record: record["layers"].update({"": "x"}), "damaged: layers of '' is 'x'"),
+    "shape-a-number": (
+        lambda record: record["dense_shapes"].update(weight=3),
+        "damaged: dense_shapes of 'weight' is 3",
+    ),
+    "method-in-words": (lambda record: record["methods"].update({"": "ard"}), "damaged: methods of '' is 'ard'"),
+    "no-fields": (lambda record: record["methods"].update({"": {"name": "ard"}}), "damaged: methods of '' is {'name'"),
+    "gates-no-dict": (lambda record: record.update(gates=[1]), "damaged: it has no table 'gates'"),
+    "gate-no-shape": (lambda record: record.update(gates={"": {}}), "damaged: gates of '' is {}"),
+    "strange-layer": (
+        lambda record: record["methods"].update({"9": {"name": "ard", "fields": {}}}),
+        "holds noise for '9', which the built Linear lacks",
+    ),
     "lost-tie": (lambda record: record["aliases"].update(x="y"), "nothing called 'y' is stored to be tied to"),
     "lost-tensor": (lambda record: record["dense_shapes"].update(other=[2]), "lacks the tensor 'other'"),
     "other-shape": (

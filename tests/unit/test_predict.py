@@ -1,5 +1,6 @@
 """Draws made together have the law of draws made one after the other, and leave the model as it was."""
 
+import copy
 import sys
 from itertools import pairwise
 
@@ -99,6 +100,17 @@ def test_one_draw_of_weights_serves_the_batch_and_one_of_outputs_an_example(case
     assert all(not torch.allclose(one, other) for one, other in pairwise(twice))
 
 
+def count(module, calls):
+    """From now on each pass of `module` adds to `calls`."""
+    usual = module.forward
+
+    def forward(*inputs):
+        calls.append(1)
+        return usual(*inputs)
+
+    module.forward = forward
+
+
 @pytest.mark.parametrize("samples", [1, 2, 7, 20])
 @pytest.mark.parametrize("largest", [1, 20, 60, 2**22])
 def test_every_sample_is_drawn_once_however_many_fit_into_a_pass(monkeypatch, samples, largest):
@@ -112,7 +124,7 @@ def test_every_sample_is_drawn_once_however_many_fit_into_a_pass(monkeypatch, sa
 def test_a_pass_holds_as_many_draws_as_its_largest_tensor_allows(monkeypatch):
     net, x, _ = converted("local")
     calls = []
-    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    count(net, calls)
     vd.draws(net, x, samples=20)
     assert len(calls) == 2
     monkeypatch.setattr(room, "LARGEST_PASS", 4 * 6 * 4)
@@ -120,7 +132,7 @@ def test_a_pass_holds_as_many_draws_as_its_largest_tensor_allows(monkeypatch):
     assert len(calls) == 2 + 1 + 5
     net, x, _ = converted("recurrent")
     calls.clear()
-    net.cell.register_forward_hook(lambda *_: calls.append(1))
+    count(net, calls)
     vd.draws(net, x, samples=20)
     assert len(calls) == 20
 
@@ -129,10 +141,64 @@ def test_whole_weights_count_towards_the_size_of_a_pass(monkeypatch):
     for sampling, calls_expected in (("local", 2), ("weight", 4)):
         net = vd.convert(nn.Linear(100, 3), vd.ARD(sampling=sampling))
         calls = []
-        net.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        count(net, calls)
         monkeypatch.setattr(room, "LARGEST_PASS", 600)
         vd.draws(net, torch.randn(1, 100), samples=7)
         assert len(calls) == calls_expected
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes, as an attribute and as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x):
+        self.features = self.layer(x)
+        self.seen = 0.5 * self.seen + self.features.mean(dim=0)
+        return self.last(self.features)
+
+
+def test_a_net_that_keeps_what_it_computes_is_whole_afterwards():
+    net, x = vd.convert(Keeping(), vd.ARD(init_log_std=0.0)), torch.randn(2, 4)
+    assert len(vd.draws(net, x, samples=5).unique(dim=0)) == 5
+    assert net.features.shape == (2, 6) and net.seen.shape == (6,)
+    assert copy.deepcopy(net)(x).shape == (2, 3)
+
+
+def test_hooks_see_every_draw_by_itself():
+    net, seen = vd.convert(nn.Linear(4, 3), vd.ARD(init_log_std=0.0)), []
+    net.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = vd.draws(net, torch.randn(2, 4), samples=5)
+    assert torch.equal(torch.stack(seen), found)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(4, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.layer(x))
+
+
+@pytest.mark.parametrize(("wrap", "kind"), [(lambda y: {"logits": y}, "dict"), (lambda y: (y, y), "tuple")])
+def test_outputs_that_are_no_tensor_are_refused_by_their_type(wrap, kind):
+    net = vd.convert(Wrapped(wrap), vd.ARD())
+    for call in (vd.predict, vd.draws):
+        with pytest.raises(InvalidValueError, match=f"the model returns a {kind}: must return a tensor"):
+            call(net, torch.randn(2, 4))
+
+
+def test_probabilities_need_classes_and_samples_are_whole():
+    net = vd.convert(Wrapped(lambda y: y[:, 0]), vd.ARD())
+    with pytest.raises(InvalidValueError, match=r"the model returns shape \(2,\): must be \(N, classes, \*\)"):
+        vd.predict(net, torch.randn(2, 4))
+    assert vd.draws(net, torch.randn(2, 4), samples=3).shape == (3, 2)
+    with pytest.raises(InvalidValueError, match="samples=2.5: must be a whole number, at least 1"):
+        vd.draws(net, torch.randn(2, 4), samples=2.5)
 
 
 def test_what_cannot_be_followed_together_is_called_one_by_one():
@@ -155,7 +221,7 @@ def test_a_net_on_the_fast_path_is_drawn_together_and_stays_on_it():
     vd.fast(net, variance="float32", compiled=False)
     paths = [site.noise.fast for site in vd.sites(net)]
     calls = []
-    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    count(net, calls)
     assert len(vd.draws(net, x, samples=9).unique(dim=0)) == 9
     assert len(calls) == 2 and [site.noise.fast for site in vd.sites(net)] == paths
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any, Literal, overload
 
 from torch import nn
 
-from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import cut, plan
+from vardrop.surgery.plain import plain_copy
 from vardrop.surgery.plan import Plan
 
 
@@ -38,7 +37,7 @@ def compact(
 
     Raises:
         GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code
-            that the cut changes, or does not give the same outputs after the cut.
+            that the cut changes, does not give the same outputs after the cut, or uses a noisy weight elsewhere too.
         InvalidValueError: `on_unknown` is something else.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -53,7 +52,7 @@ def compact(
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    small = strip(deepcopy(model))
+    small = plain_copy(model, example_inputs)
     if dry_run:
         return plan(small, example_inputs, on_unknown=on_unknown)
     cut(small, example_inputs, on_unknown=on_unknown)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from vardrop.errors import ConversionError, InvalidValueError, UnsupportedLayerError
 from vardrop.layers import (
@@ -170,6 +171,7 @@ def _choose(
         raise InvalidValueError(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
+    _check_ties(model, chosen)
     if not chosen:
         all_gated = all(any(method.on_units for method in methods) for methods in by_pattern.values())
         raise ConversionError(
@@ -177,6 +179,27 @@ def _choose(
             f"{_known(all_gated)} outside the excluded ones"
         )
     return chosen
+
+
+def _check_ties(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
+    """Raises where a weight would have noise in one layer that holds it, and other noise or none in another."""
+    first: dict[Tensor, str] = {}
+    for name, methods in chosen.items():
+        layer = model.get_submodule(name)
+        for weight in (tensor_of(layer, parameter) for parameter in noisy_parameters(layer)):
+            other = first.setdefault(weight, name)
+            if chosen[other] != methods:
+                raise InvalidValueError(
+                    f"layers {other!r} and {name!r} share a weight but are given different methods: give them one"
+                )
+    converted = {module for name in chosen for module in model.get_submodule(name).modules()}
+    for name, module in model.named_modules():
+        for parameter in () if module in converted else module._parameters.values():
+            if parameter is not None and parameter in first:
+                raise ConversionError(
+                    f"layer {first[parameter]!r} shares its weight with {name or type(module).__name__!r}, which stays "
+                    f"plain, so that what dies could not leave: leave both out, with exclude={first[parameter]!r}"
+                )
 
 
 def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) -> dict[str, nn.Module]:
@@ -208,7 +231,8 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
 
 
 def _is_one_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
+    own = [name for name, _ in module.named_children() if name != "parametrizations"]
+    return isinstance(module, nn.MultiheadAttention) or not own
 
 
 def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
@@ -282,6 +306,15 @@ def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) ->
     weights = [tensor_of(layer, parameter) for parameter in noisy_parameters(layer)] if kind is not None else []
     if any(isinstance(weight, UninitializedParameter) for weight in weights):
         raise ConversionError(f"layer {name!r} has no weight yet: run one batch through the model first")
+    if kind is not None and (is_parametrized(layer) or not all(isinstance(w, nn.Parameter) for w in weights)):
+        raise UnsupportedLayerError(
+            f"layer {name!r} computes its weight anew for each pass, by a hook or a parametrization: remove that first "
+            f"(remove_weight_norm, prune.remove, remove_parametrizations), or leave it out with exclude={name!r}"
+        )
+    if not all(weight.is_floating_point() for weight in weights):
+        raise UnsupportedLayerError(
+            f"layer {name!r} has weights of type {weights[0].dtype}: must be real; leave it out with exclude={name!r}"
+        )
     if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
         check = UNSUPPORTED.get(type(layer))
         fault = check(layer) if check else None

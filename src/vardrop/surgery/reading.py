@@ -181,6 +181,8 @@ class Reading:
         same = [other for other, tensor in self._state.items() if tensor is self._state[name]]
         if len({(self.owner(other), other.rpartition(".")[2]) for other in same}) > 1:
             return f"{' and '.join(same)} are one parameter"
+        if self._state[name].is_complex():
+            return f"{name} is complex"
         if len(node.users) > 1:
             return f"{name} is used {len(node.users)} times"
         owner = self.owner(name)

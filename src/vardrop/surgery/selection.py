@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
 from vardrop.noise import InputGate
-from vardrop.sites import SLOTS
+from vardrop.sites import noises
 
 WORTH_SELECTING = 20_000
 """Weights that a layer must save, so that reading them takes longer than to pick the inputs, at batch size 1 too."""
@@ -83,7 +83,7 @@ def select_inputs(model: nn.Module, *, least: int = WORTH_SELECTING) -> nn.Modul
     small = deepcopy(model)
     users = [parameter for layer in small.modules() for parameter in layer._parameters.values()]
     for name, layer in small.named_modules():
-        if any(not isinstance(layer._modules.get(slot), InputGate | None) for slot in SLOTS):
+        if noises(layer):
             raise InvalidValueError(f"layer {name!r} is noisy: call vardrop.compact(model, example_inputs) first")
         tied = sum(parameter is layer._parameters.get("weight") for parameter in users) > 1
         if type(layer) is nn.Linear and "selection" not in layer._modules and not tied:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +19,7 @@ from vardrop.sites import noises, sites, tensor_of
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import count_anew, left_behind, living_groups, living_part, prove, stays_whole
 from vardrop.surgery.graph import Graph, as_arguments
+from vardrop.surgery.plain import copy_of
 from vardrop.surgery.plan import Alive, Plan
 from vardrop.surgery.prune import prune
 from vardrop.surgery.reading import Follower, Layer
@@ -84,7 +84,7 @@ def shrink(
     marked, complaint = _marked(model)
     if complaint is not None:
         return Plan((), (f"nothing is cut: {complaint}",), whole, whole)
-    done, graph, alive = prove(strip(deepcopy(marked)), as_arguments(example_inputs), on_unknown, new_biases=False)
+    done, graph, alive = prove(strip(copy_of(marked)), as_arguments(example_inputs), on_unknown, new_biases=False)
     cuts = dict(_cuts(model, graph, alive))
     empty = _emptied(marked, cuts)
     if empty is not None:
@@ -151,7 +151,7 @@ def _marked(model: nn.Module) -> tuple[nn.Module, str | None]:
 
     And what there is to complain of where a rule would leave a site nothing.
     """
-    marked = deepcopy(model)
+    marked = copy_of(model)
     kept = {site.name: site.noise.mask for site in sites(marked)}
     if any(mask is None for mask in kept.values()):
         with warnings.catch_warnings(record=True) as caught:

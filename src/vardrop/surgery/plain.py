@@ -1,0 +1,55 @@
+"""A plain copy of a converted model, seen to compute the same before anything is made of it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vardrop.errors import GraphError
+from vardrop.predict import noise
+from vardrop.sites import sites
+from vardrop.surgery.convert import strip
+from vardrop.surgery.cut import equal, run
+from vardrop.surgery.graph import as_arguments
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_of(model: Model) -> Model:
+    """A copy of `model`, also of one that keeps tensors it computed, which torch does not copy."""
+    kept = (leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values())))
+    memo = {id(leaf): leaf.detach().clone() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
+    return deepcopy(model, memo)
+
+
+def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy of `model` without noise, in its mode, that gives the same outputs on the example in eval mode.
+
+    Raises:
+        GraphError: it does not, because a weight with noise is used outside the layer that has the noise.
+    """
+    copy = copy_of(model)
+    if next(sites(copy), None) is None:
+        return copy
+    modes = {module: module.training for module in copy.modules()}
+    copy.eval()
+    inputs = as_arguments(example_inputs)
+    try:
+        with noise(copy, on=False):
+            expected = run(copy, inputs)
+        strip(copy)
+        found, again = run(copy, inputs), run(copy, inputs)
+    except Exception:
+        found = again = expected = []  # what does not run is named by whatever runs it next
+        strip(copy)
+    if equal(found, again) and not equal(expected, found):
+        raise GraphError(
+            "without its noise the model gives other outputs: a weight that has noise or a gate is also used outside "
+            "its layer, tied to another one or read in a forward; leave that layer out with exclude=, and convert anew"
+        )
+    for module, training in modes.items():
+        module.training = training
+    return copy
