@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import GraphError
-from vardrop.predict import noise
 from vardrop.sites import sites
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import equal, run
@@ -32,14 +31,16 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
         GraphError: it does not, because a weight with noise is used outside the layer that has the noise.
     """
     copy = copy_of(model)
-    if next(sites(copy), None) is None:
+    noisy = list(sites(copy))
+    if not noisy:
         return copy
+    for site in noisy:
+        site.noise.on = False
     modes = {module: module.training for module in copy.modules()}
     copy.eval()
     inputs = as_arguments(example_inputs)
     try:
-        with noise(copy, on=False):
-            expected = run(copy, inputs)
+        expected = run(copy, inputs)
         strip(copy)
         found, again = run(copy, inputs), run(copy, inputs)
     except Exception:
