@@ -74,22 +74,36 @@ def judge(log_probabilities: Tensor, y: Tensor) -> Judged:
 def nll(log_probabilities: Tensor, y: Tensor) -> Tensor:
     """Negative log-likelihood of each label, ``(N, *)``, nats; infinite where a label was thought impossible.
 
+    Raises:
+        InvalidValueError: a label is no class; torch's -100 for "leave out" is none either.
+
     >>> vd.metrics.nll(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
     tensor([0.6931])
     """
+    _check_labels(y, log_probabilities.shape[1])
     return F.nll_loss(log_probabilities, y, reduction="none")
 
 
 def brier(log_probabilities: Tensor, y: Tensor) -> Tensor:
     """Squared distance of the probabilities from the label, summed over classes, ``(N, *)``; between 0 and 2.
 
+    Raises:
+        InvalidValueError: a label is no class.
+
     Source: Brier, "Verification of forecasts expressed in terms of probability", 1950.
 
     >>> vd.metrics.brier(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
     tensor([0.5000])
     """
+    _check_labels(y, log_probabilities.shape[1])
     target = F.one_hot(y, log_probabilities.shape[1]).movedim(-1, 1)
     return (log_probabilities.exp() - target).square().sum(dim=1)
+
+
+def _check_labels(y: Tensor, classes: int) -> None:
+    astray = y[(y < 0) | (y >= classes)]
+    if astray.numel():
+        raise InvalidValueError(f"label {int(astray[0])}: must lie in 0 to {classes - 1}, the classes")
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> float:

@@ -200,3 +200,10 @@ def test_without_torchmetrics_the_extra_is_named(monkeypatch):
         M.calibration_error(torch.tensor([0.5]), torch.tensor([True]))
     with pytest.raises(MissingExtraError, match=r"vardrop\[metrics\]"):
         M.ood_auroc(torch.ones(5), torch.ones(3))
+
+
+@pytest.mark.parametrize("measure", [vd.metrics.nll, vd.metrics.brier])
+@pytest.mark.parametrize("label", [-100, 3])
+def test_a_label_that_is_no_class_is_refused(measure, label):
+    with pytest.raises(InvalidValueError, match=f"label {label}: must lie in 0 to 2"):
+        measure(torch.zeros(2, 3).log_softmax(dim=1), torch.tensor([0, label]))
