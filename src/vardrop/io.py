@@ -140,11 +140,9 @@ def _filled(folder: Path, model: nn.Module, record: dict[str, Any], tensors: dic
     """The freshly built `model`, cut, converted and with the values of what `folder` stores."""
     state = _with_aliases(record, tensors)
     noisy = {name: _methods_of(folder, entry) for name, entry in record["methods"].items()}
-    astray = sorted(noisy.keys() - dict(model.named_modules(remove_duplicate=False)).keys())
-    if astray:
-        raise StorageError(f"{folder} holds noise for {astray[0]!r}, which the built {type(model).__name__} lacks")
+    plain = _without_noise(state, _all_names(folder, model, noisy))
     _hang_children(folder, model, record.get("gates", {}), record.get("selections", {}))
-    _check_fits(folder, model, record, _without_noise(state, _all_names(model, noisy)))
+    _check_fits(folder, model, record, plain)
     resize(model, record["layers"], state)
     attach(model, noisy)
     _check_same(folder, model, state)
@@ -392,10 +390,13 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
         raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
 
 
-def _all_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """All names of the modules of `model` called so: one that hangs in two places has two."""
+def _all_names(folder: Path, model: nn.Module, names: Iterable[str]) -> list[str]:
+    """All names of the noisy modules of `model` called so: one that hangs in two places has two."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    meant = {modules[name] for name in names if name in modules}
+    for name in names:
+        if name not in modules:
+            raise StorageError(f"{folder} holds noise for {name!r}, which the built {type(model).__name__} lacks")
+    meant = {modules[name] for name in names}
     return [name for name, module in modules.items() if module in meant]
 
 
