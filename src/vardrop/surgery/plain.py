@@ -42,11 +42,11 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
     try:
         expected = run(copy, inputs)
         strip(copy)
-        found, again = run(copy, inputs), run(copy, inputs)
+        found = run(copy, inputs)
     except Exception:
-        found = again = expected = []  # what does not run is named by whatever runs it next
+        found = expected = []  # what does not run is named by whatever runs it next
         strip(copy)
-    if equal(found, again) and not equal(expected, found):
+    if not equal(expected, found) and equal(found, run(copy, inputs)):
         raise GraphError(
             "without its noise the model gives other outputs: a weight that has noise or a gate is also used outside "
             "its layer, tied to another one or read in a forward; leave that layer out with exclude=, and convert anew"
