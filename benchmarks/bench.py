@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vardrop as vd
 from contenders import Contender, LastStep, Step, layer_step, own, peers, training_step
-from vardrop.cli import keep_freed_memory
+from vardrop.memory import keep_freed_memory
 from vardrop.zoo import build_net
 
 HERE = Path(__file__).parent

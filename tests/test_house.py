@@ -36,7 +36,7 @@ FLOORS = [
     {"fused"},
     {"lrt"},
     {"functional"},
-    {"warmup", "files"},
+    {"warmup", "files", "memory"},
     {"errors"},
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import sys
@@ -22,6 +21,7 @@ from rich.table import Table
 from vardrop.baselines import baselines
 from vardrop.compress import Job
 from vardrop.errors import InvalidValueError, VardropError, VardropWarning
+from vardrop.memory import keep_freed_memory
 from vardrop.methods import Method, methods
 from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
 from vardrop.train import Schedule
@@ -34,8 +34,6 @@ app = typer.Typer(
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of processes that train together, the first one speaks
 errors = Console(stderr=True)
 INTERRUPTED = 130
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
 
 NetArgument = Annotated[
     str, typer.Argument(help="A network by name (see `vardrop methods`), or your own: file.py:function")
@@ -399,14 +397,6 @@ def _show_warnings_as_lines() -> None:
             usual(message, category, filename, lineno, *rest)
 
     warnings.showwarning = show  # type: ignore[assignment]
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what one step frees for the next one, which saves the system's zeroing of fresh pages."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def main() -> None:

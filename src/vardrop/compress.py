@@ -43,8 +43,8 @@ PRETRAIN = "pretrain"
 RUN_FORMAT = 1
 PACKAGES = ("vardrop", "torch", "numpy", "accelerate", "safetensors", "datasets")
 EVALUATION_BATCH = 1000
-WORTH_COMPILING = 10_000
-"""Steps of training from which compiled passes win back the seconds of their compilation."""
+WORTH_COMPILING = 1_000_000
+"""Examples seen in training from which compiled passes win back the seconds of their compilation."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         listeners.on_stage("plain", job.pretrain)
         _train(work, work.plain, folder / PRETRAIN, listeners)
     whole = _convert(work)
-    steps = job.schedule.epochs * -(-len(work.fit.y) // job.schedule.batch_size)
-    if job.fast and any(site.noise.has_fast_path for site in sites(work.net)):
-        fast(work.net, compiled=steps >= WORTH_COMPILING)
-        if steps >= WORTH_COMPILING:
+    if job.fast:
+        compiled = job.schedule.epochs * len(work.fit.y) >= WORTH_COMPILING
+        fast(work.net, compiled=compiled)
+        if compiled:
             work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])
     listeners.on_stage(job.method.command_name(), job.schedule.epochs)
     return _finish(work, whole, _train(work, job.schedule, folder, listeners))

@@ -117,8 +117,10 @@ def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> 
     for noise in found:
         noise.begin()
     first = _scalar(nll())
-    drawn = [mask for noise in found for mask in noise.first or []]
-    gradients = iter(torch.autograd.grad(first, drawn, retain_graph=True, materialize_grads=True) if drawn else ())
+    products = [done.product for noise in found for done in noise.first or []]
+    gradients = iter(
+        torch.autograd.grad(first, products, retain_graph=True, materialize_grads=True) if products else ()
+    )
     for noise in found:
         noise.turn([next(gradients) for _ in noise.first or []])
     second = _scalar(nll())

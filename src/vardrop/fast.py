@@ -28,10 +28,10 @@ def fast(
     """Switches the fast path of a converted `model` on or off in place, and returns the model.
 
     The fast path draws from the same law as the plain one, but other numbers: its variances are those of the layer to
-    the digits of `variance`, its noise and its passes over weights and outputs are compiled, as are the long formulas
-    of truncated log-normal gates, which then take one backward for each pass, without ``retain_graph``. The first
-    training step pays for the compilation once: some seconds, with such gates up to a minute. Under ``torch.compile``
-    of the whole model the plain path is taken.
+    the digits of `variance`, its noise, its masks and its passes over weights and outputs are compiled, as are the
+    formulas of truncated log-normal and concrete gates, which then take one backward for each pass, without
+    ``retain_graph``. The first training step pays for the compilation once: some seconds, with truncated log-normal
+    gates up to a minute. Under ``torch.compile`` of the whole model the plain path is taken.
 
     Args:
         model: a converted model.

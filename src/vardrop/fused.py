@@ -40,6 +40,8 @@ NEGLIGIBLE = -60.0
 """A log of a share that no float32 sum notices, beside a share near one."""
 WORTH_COMPILING = 2**17
 """Elements from which a compiled pass of one or two operations is quicker than the operations, its call included."""
+WORTH_DRAWING = 2**14
+"""Random numbers from which a compiled draw is quicker than torch's own, its call included."""
 OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 """Lets the compiler join a product and a sum into one operation, which rounds once."""
 
@@ -78,7 +80,7 @@ def local_sample(
         output_variance = operation(squared, variance, None)
         compiled = compiled and output_mean.numel() <= LARGEST_COUNT
         if compiled:
-            noise = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=x.device, generator=generator)
+            noise = draw_key(x.device, generator)
         else:
             wide = at_least_float32(output_variance).dtype
             noise = torch.randn(output_mean.shape, dtype=wide, device=x.device, generator=generator)
@@ -113,13 +115,58 @@ def joint_and_distance(x: Tensor, means: Tensor, log_precisions: Tensor, log_sha
     return peaks[:, None] - 0.5 * distance.square(), distance
 
 
+def draw_key(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Two 32-bit words from torch's generator, under which compiled noise is drawn."""
+    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device, generator=generator)
+
+
+def drawn(
+    kernel: Callable[[int, Tensor], Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Float32 numbers of this `shape` from one compiled pass of :func:`normal` or :func:`uniform`."""
+    found: Tensor = compile_kernel(kernel)(math.prod(shape), draw_key(device, generator))
+    return found.view(shape)
+
+
+def dropout_factors(like: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """For each element of `like` 0 with probability `rate`, else ``1 / (1 - rate)``, in one compiled pass."""
+    told = torch.tensor([rate, 1.0 / (1.0 - rate)], device=like.device)
+    return _unflat(compile_kernel(_factors)(_flat(like, like), told, draw_key(like.device, generator)), like)
+
+
+def is_worth_drawing(count: int) -> bool:
+    """Whether so many random numbers are drawn quicker, and can be numbered, by a compiled pass."""
+    return WORTH_DRAWING <= count <= LARGEST_COUNT
+
+
 def normal(count: int, key: Tensor) -> Tensor:
     """`count` standard normal float32 numbers that follow from the two 32-bit words of `key`, by Box and Muller."""
-    counter = torch.arange(count, dtype=torch.int32, device=key.device)
-    first, second = threefry(counter, torch.zeros_like(counter), key)
-    uniform = ((first >> 8) & 0xFFFFFF).float().add(0.5) * 2.0**-24
+    first, second = _words(count, key)
     angle = (second >> 8).float() * (math.pi * 2.0**-23)
-    return torch.sqrt(-2.0 * torch.log(uniform)) * torch.cos(angle)
+    return torch.sqrt(-2.0 * torch.log(_share_of_range(first))) * torch.cos(angle)
+
+
+def uniform(count: int, key: Tensor) -> Tensor:
+    """`count` uniform float32 numbers inside (0, 1) that follow from the two 32-bit words of `key`."""
+    return _share_of_range(_words(count, key)[0])
+
+
+def _words(count: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    counter = torch.arange(count, dtype=torch.int32, device=key.device)
+    return threefry(counter, torch.zeros_like(counter), key)
+
+
+def _share_of_range(word: Tensor) -> Tensor:
+    """The upper 24 bits of a 32-bit `word` as a number inside (0, 1)."""
+    return ((word >> 8) & 0xFFFFFF).float().add(0.5) * 2.0**-24
+
+
+def _factors(like: Tensor, rate_and_scale: Tensor, key: Tensor) -> Tensor:
+    rate, scale = rate_and_scale
+    return torch.where(uniform(like.numel(), key) < rate, 0.0, scale).to(like.dtype)
 
 
 def threefry(first: Tensor, second: Tensor, key: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:

@@ -370,8 +370,69 @@ def test_long_formulas_of_gates_are_compiled_where_the_fast_path_trains(monkeypa
     assert used == [vd.functional.truncated_lognormal_icdf, vd.functional.truncated_lognormal_kl]
 
 
-def test_the_command_line_takes_the_fast_path_where_a_noise_has_one():
-    ways = {vd.SparseVD: True, vd.StructuredBP: True, vd.BetaBernoulli: False, vd.ConcreteDropout: False}
-    for method, has_one in ways.items():
-        (site,) = vd.sites(vd.convert(nn.Linear(3, 2), method()))
-        assert site.noise.has_fast_path == has_one, method
+def test_compiled_uniform_numbers_are_uniform_and_without_memory():
+    key, other = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32)
+    first, second = fused.uniform(200_000, key).double(), fused.uniform(200_000, other).double()
+    assert first.min() > 0.0 and first.max() < 1.0
+    assert scipy.stats.kstest(first.numpy(), "uniform").pvalue > 1e-3
+    for left, right in ((first[1:], first[:-1]), (first, second)):
+        assert abs(float(((left - 0.5) * (right - 0.5)).mean())) < 4.5 / 12 / math.sqrt(len(left))
+
+
+DRAWN = {
+    "bernoulli": vd.BernoulliDropout(rate=0.3),
+    "adversarial": vd.AdversarialDropout(rate=0.3),
+    "concrete": vd.ConcreteDropout(init_rate=0.3),
+    "gaussian-inputs": vd.GaussianDropout(rate=0.3, on="inputs"),
+    "structured-vbd": vd.StructuredVBD(),
+    "beta-bernoulli": vd.BetaBernoulli(),
+}
+
+
+@compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", DRAWN)
+def test_compiled_draws_of_dropout_and_gates_are_the_plain_ones_with_the_same_noise(name, channels_last, monkeypatch):
+    """The compiled draws are put into the plain reference in place of torch's own."""
+    monkeypatch.setattr(fused, "WORTH_DRAWING", 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.randn(6, 3, 6, 6)
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    net = vd.fast(vd.convert(net, DRAWN[name]), variance="float32")
+    quick = run(net, x)
+    assert not torch.equal(quick[0], run(net, x, seed=4)[0])
+    counts = []
+
+    def replay(kernel):
+        def draw(*shape, device=None, dtype=torch.float32, generator=None):
+            shape = tuple(shape[0]) if isinstance(shape[0], tuple) else shape
+            counts.append(math.prod(shape))
+            key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=generator)
+            flat = kernel(counts[-1], key).to(dtype)
+            if channels_last and len(shape) == 4:
+                return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+            return flat.view(shape)
+
+        return draw
+
+    monkeypatch.setattr(torch, "rand", replay(fused.uniform))
+    monkeypatch.setattr(torch, "randn", replay(fused.normal))
+    plain = run(vd.fast(net, on=False), x)
+    assert counts
+    for ours, wanted in zip(quick, plain, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+@compiler
+def test_compiled_dropout_drops_at_its_rate_and_leaves_small_inputs_to_torch():
+    net = vd.fast(vd.convert(nn.Linear(500, 2), vd.BernoulliDropout(rate=0.2)))
+    factors = net.noise.factors(torch.Size((400, 500)), torch.ones(400, 500))
+    assert factors.unique().tolist() == [0.0, pytest.approx(1.25)]
+    assert abs(float((factors == 0.0).double().mean()) - 0.2) < 4.5 * math.sqrt(0.16 / 200_000)
+    small = torch.ones(4, 500)
+    torch.manual_seed(1)
+    found = net.noise.factors(small.shape, small)
+    torch.manual_seed(1)
+    assert torch.equal(found, (torch.rand(4, 500) >= 0.2) / 0.8)

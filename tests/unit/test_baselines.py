@@ -249,6 +249,12 @@ def test_adversarial_dropout_is_plain_outside_training_and_refuses_a_loss_withou
     assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
 
 
+def test_adversarial_dropout_refuses_inputs_that_change_in_place_before_the_second_pass():
+    net, x = vd.convert(nn.Linear(4, 2), vd.AdversarialDropout()), torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        vd.ELBO(num_data=3)(net.train(), lambda: (net(x).square().mean(), x.add_(1.0))[0])
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ class Noise(nn.Module):
         fast: how the fast path computes; ``None`` for the plain reference.
         projected: whether a pass need not put the parameters into their domain.
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
-        has_fast_path: whether its passes may differ on the fast path.
     """
 
-    has_fast_path: ClassVar[bool] = True
     mask: Tensor | None
 
     def __init__(self) -> None:

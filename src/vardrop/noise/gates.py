@@ -23,8 +23,6 @@ class TruncatedLogNormalGate(Gate):
         shared: one draw for the whole minibatch rather than one for each example.
     """
 
-    has_fast_path = True
-
     def __init__(
         self,
         weight: Tensor,
@@ -164,8 +162,13 @@ class ConcreteGate(Gate):
 
     def sample(self, rows: int) -> Tensor:
         logit = at_least_float32(self.logit_rate)
-        noisy = (logit + torch.logit(self.uniform(rows, logit))) / self.temperature
-        return torch.exp(logsigmoid(-noisy) + softplus(logit))
+        return self.quick(_concrete_factor, logit, self.uniform(rows, logit), self.temperature)
+
+
+def _concrete_factor(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """``1 - z`` of a relaxed Bernoulli variable `z` with this `logit` of its rate, over ``1 - rate``."""
+    noisy = (logit + torch.logit(u)) / temperature
+    return torch.exp(logsigmoid(-noisy) + softplus(logit))
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from vardrop import fused
 from vardrop.lrt import Operation, source
 from vardrop.noise.base import Noise
 
@@ -29,8 +32,7 @@ class BernoulliNoise(Noise):
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.drawn:
-            examples = x.shape[0] if x.dim() >= weight.dim() else 1
-            x = x * (self.kept(x.shape, x, examples).to(x.dtype) / (1.0 - self.rate))
+            x = self.thinned(x, x.shape, x.shape[0] if x.dim() >= weight.dim() else 1)
         return operation(x, self.masked(weight), bias)
 
     def sample_weight(self, weight: Tensor) -> Tensor:
@@ -38,11 +40,32 @@ class BernoulliNoise(Noise):
         if not self.drawn:
             return weight
         shape = torch.Size(size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape))
-        return weight * (self.kept(shape, weight, 1).to(weight.dtype) / (1.0 - self.rate))
+        return self.thinned(weight, shape, 1)
 
-    def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
-        """Which inputs are kept, of this `shape`, where `like` lies; so many `examples` lie in it one after another."""
-        return torch.rand(shape, device=like.device, **source(self.generator)) >= self.rate
+    def thinned(self, value: Tensor, shape: torch.Size, examples: int) -> Tensor:
+        """`value` with inputs dropped; they are counted by `shape`, so many `examples` one after another."""
+        return value * self.factors(shape, value)
+
+    def factors(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """What inputs of this `shape` are multiplied with: 0, or ``1 / (1 - rate)``; in the dtype of `like`."""
+        if self.compiled and shape == like.shape and fused.is_worth_drawing(like.numel()):
+            return fused.dropout_factors(like, self.rate, self.generator)
+        kept = torch.rand(shape, device=like.device, **source(self.generator)) >= self.rate
+        return kept.to(like.dtype) / (1.0 - self.rate)
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What a first pass did to the inputs of a layer: `product` is `value` times `factors`.
+
+    `version` is that of `value`, and so many `examples` lie in it one after another.
+    """
+
+    value: Tensor
+    version: int
+    factors: Tensor
+    product: Tensor
+    examples: int
 
 
 class AdversarialNoise(BernoulliNoise):
@@ -56,47 +79,55 @@ class AdversarialNoise(BernoulliNoise):
     def __init__(self, rate: float, *, in_axis: int, budget: float, weight: float) -> None:
         super().__init__(rate, in_axis=in_axis)
         self.budget, self.weight = budget, weight
-        self.first: list[Tensor] | None = None
+        self.first: list[FirstPass] | None = None
         self.second: list[Tensor] = []
-        self._examples: list[int] = []
 
     @property
     def drawn(self) -> bool:
         """Whether noise is on: the second pass drops inputs even where the first one's rate is 0."""
         return self.active
 
-    def kept(self, shape: torch.Size, like: Tensor, examples: int) -> Tensor:
+    def thinned(self, value: Tensor, shape: torch.Size, examples: int) -> Tensor:
         if self.second:
-            return self.second.pop(0)
-        drawn = super().kept(shape, like, examples)
-        if self.first is None:
-            return drawn
-        self.first.append(drawn.to(like.dtype).requires_grad_())
-        self._examples.append(examples)
-        return self.first[-1]
+            return value * self.second.pop(0)
+        factors = self.factors(shape, value)
+        product = value * factors
+        if self.first is not None:
+            if not product.requires_grad:
+                product.requires_grad_()
+            self.first.append(FirstPass(value.detach(), value._version, factors, product, examples))
+        return product
 
     def begin(self) -> None:
         """From now on what is drawn is kept, in ``first``."""
-        self.first, self.second, self._examples = [], [], []
+        self.first, self.second = [], []
 
     def turn(self, gradients: list[Tensor]) -> None:
         """The next draws are those of the first pass but for the inputs whose change raises the loss the most.
 
-        `gradients` are those of the loss in ``first``, which is forgotten.
+        `gradients` are those of the loss in the products of ``first``, which is forgotten.
+
+        Raises:
+            RuntimeError: inputs were changed in place since.
         """
-        drawn, self.first = self.first or [], None
-        triples = zip(drawn, gradients, self._examples, strict=True)
-        self.second = [worst_near(mask.detach(), gradient, self.budget, rows) for mask, gradient, rows in triples]
+        passes, self.first = self.first or [], None
+        for done, gradient in zip(passes, gradients, strict=True):
+            if done.value._version != done.version:
+                raise RuntimeError(
+                    "the inputs of a layer with adversarial dropout were changed in place after its pass"
+                )
+            slope = (gradient * done.value).sum_to_size(done.factors.shape)
+            self.second.append(worst_near(done.factors, slope, self.budget, done.examples, on=1.0 / (1.0 - self.rate)))
 
 
-def worst_near(mask: Tensor, gradient: Tensor, budget: float, examples: int) -> Tensor:
-    """The `mask` of zeros and ones, changed where a loss with this `gradient` in it rises the most.
+def worst_near(factors: Tensor, gradient: Tensor, budget: float, examples: int, *, on: float = 1.0) -> Tensor:
+    """The `factors`, 0 or `on`, changed where a loss with this `gradient` in them rises the most.
 
     In each of the `examples` no more than the share `budget` of the entries changes, rounded down, and none that
     would lower the loss to first order (arXiv:1707.03631, algorithm 1).
     """
-    gain = (gradient * (1.0 - 2.0 * mask)).reshape(examples, -1)
+    gain = torch.where(factors == 0.0, gradient, -gradient).reshape(examples, -1)
     best = gain.topk(int(budget * gain.shape[1]), dim=1, sorted=False)
-    rows = mask.reshape(examples, -1)
+    rows = factors.reshape(examples, -1)
     now = rows.gather(1, best.indices)
-    return rows.scatter(1, best.indices, torch.where(best.values > 0, 1.0 - now, now)).view_as(mask)
+    return rows.scatter(1, best.indices, torch.where(best.values > 0, on - now, now)).view_as(factors)

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from vardrop.errors import VardropError
+from vardrop.memory import keep_freed_memory
 from vardrop.tables.recipes import Cell, load_tables
 from vardrop.tables.runner import BUSY, BusyError, Options, run_seeds
 
 
 def main(text: str) -> None:
     """Runs the cells that `text`, a JSON object, describes; an error raised on purpose is the last line of stderr."""
+    keep_freed_memory()
     told = json.loads(text)
     recipes = Path(told["recipes"])
     run = load_tables(recipes)[told["table"]].rows[told["row"]].runs[told["column"]]
