@@ -220,7 +220,9 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder of all runs; what is finished there is not run again")] = Path(
         "tables"
     ),
-    store: Annotated[Path | None, typer.Option(help="Folder that gets a small record of each finished run")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder with a small record of each finished run, which is not run again")
+    ] = None,
     together: Annotated[
         bool | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from test_cli import vardrop
 from vardrop.errors import ApartError, DataError, StorageError, TrainingError, VardropError
 from vardrop.tables import Cell, load_tables, runner
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
-from vardrop.tables.store import CELL, record_of
+from vardrop.tables.store import CELL, left_to_run, record_of
 
 RECIPE = """
 title = "Digits"
@@ -96,6 +97,24 @@ def test_the_table_is_printed_written_and_stored(made):
     stored = json.loads((root / "results" / "tables" / "own" / "dbb" / "full-seed-0.json").read_text())
     assert stored["config"]["pretrained"] == "own/bb/full-seed-0" and str(root) not in json.dumps(stored)
     assert {"sizes", "ensemble", "history"} <= set(stored) and "times" not in stored
+
+
+def test_what_is_stored_is_shown_and_not_run_again(made, tmp_path):
+    root, _, _ = made
+    own, store = root / "own", tmp_path / "results"
+    shutil.copytree(root / "results", store)
+    options = ["--recipes", own, "--out", tmp_path / "out", "--store", store, "--seeds", 1]
+    done = vardrop("reproduce", "own", *options)
+    assert done.returncode == 0 and "Pruning" in done.stdout
+    assert not list((tmp_path / "out").rglob("run.json"))
+    assert (tmp_path / "out" / "own" / "table.md").read_text() == (root / "out" / "own" / "table.md").read_text()
+    cells = cells_of([load_tables(own)["own"]], "full", 1)
+    assert left_to_run(cells, tmp_path / "out", store) == []
+    (store / "tables" / "own" / "dbb" / "full-seed-0.json").unlink()
+    left = left_to_run(cells, tmp_path / "out", store)
+    assert [cell.run.row for cell in left] == ["Plain", "BB", "DBB"]
+    finished = left_to_run(cells, root / "out", store)
+    assert [cell.run.row for cell in finished] == ["DBB"]
 
 
 def test_rows_start_from_those_they_name_and_parts_have_their_own_fields(made):

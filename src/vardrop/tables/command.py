@@ -16,7 +16,7 @@ from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, Cell, find_tables
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells
 from vardrop.tables.show import beside, watching
-from vardrop.tables.store import found_in, keep, record_of
+from vardrop.tables.store import Found, found_in, keep, left_to_run, record_of, stored_in
 
 
 def reproduce(
@@ -42,7 +42,8 @@ def reproduce(
         seeds: runs of each row, with seeds from 0; 0 to show what is there.
         rows: names of rows; empty for all.
         columns: names of columns that are networks; empty for all.
-        store: folder that gets a small record of each cell as soon as it is finished.
+        store: folder that gets a small record of each cell as soon as it is finished; what it holds is shown, and is
+            run again only where a cell that is missing starts from it.
 
     Raises:
         InvalidValueError: there is no such table, row or column, or an option is out of range.
@@ -50,11 +51,15 @@ def reproduce(
     """
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows, columns)
+    if store is not None:
+        cells = left_to_run(cells, options.folder, store)
     with watching(console, cells, options.folder) if cells else nullcontext() as watch:
         outcome = run_cells(cells, options, _storing(watch or Watch(), options, store))
     for table in tables:
         try:
-            found = found_in(options.folder, list(table.runs()))
+            runs = list(table.runs())
+            found = Found() if store is None else stored_in(store, runs)
+            found.update(found_in(options.folder, runs))
         except StorageError as error:
             outcome.failed[table.id] = str(error)
             console.print(f"{table.id}: [yellow]{escape(str(error))}[/yellow]", soft_wrap=True)

@@ -29,6 +29,11 @@ class Found:
         """Keeps the `record` of the run whose folder is `place`."""
         self.records.setdefault((place, budget), {})[seed] = record
 
+    def update(self, other: Found) -> None:
+        """Takes over all records of `other`, which win."""
+        for key, records in other.records.items():
+            self.records.setdefault(key, {}).update(records)
+
     def of(self, run: Run, budget: str) -> dict[int, Mapping[str, Any]]:
         """The records of `run` with this budget, by seed."""
         return self.records.get((run.place, budget), {})
@@ -46,12 +51,29 @@ def record_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
     Raises:
         StorageError: the record is damaged, or was made by another recipe.
     """
-    path = folder / cell.place / CELL
-    if not path.exists():
-        return None
-    record = _read(path)
-    check_recipe(cell, record, path.parent)
-    return record if all(need in record for need in cell.run.needs) else None
+    return _finished(cell, folder / cell.place / CELL, folder / cell.place)
+
+
+def left_to_run(cells: Sequence[Cell], folder: Path, store: Path) -> list[Cell]:
+    """Those of the `cells` whose record :func:`keep` did not put into `store`, and those that they start from.
+
+    Args:
+        cells: those that others start from before these.
+        folder: where ``vardrop reproduce`` works.
+        store: the folder that records are kept in.
+
+    Raises:
+        StorageError: a record is damaged, or was made by another recipe.
+    """
+    left: list[Cell] = []
+    starts: set[str] = set()
+    for cell in reversed(cells):
+        if cell.place not in starts and _kept(cell, store) is not None:
+            continue
+        left.append(cell)
+        if cell.before is not None and record_of(cell, folder) is None:
+            starts.add(cell.before.place)
+    return left[::-1]
 
 
 def found_in(folder: Path, runs: Sequence[Run]) -> Found:
@@ -85,9 +107,28 @@ def keep(cell: Cell, record: Mapping[str, Any], folder: Path) -> Path:
     before = cell.before
     if before is not None:
         kept["config"] = {**kept["config"], "pretrained": before.place}
-    path = folder / TABLES / f"{cell.place}.json"
+    path = _stored(cell, folder)
     replace_file(path, lambda aside: aside.write_text(json.dumps(kept, indent=1) + "\n"))
     return path
+
+
+def _stored(cell: Cell, store: Path) -> Path:
+    return store / TABLES / f"{cell.place}.json"
+
+
+def _kept(cell: Cell, store: Path) -> dict[str, Any] | None:
+    """The record of `cell` that :func:`keep` put into `store`, as far as :func:`record_of` would give it."""
+    path = _stored(cell, store)
+    return _finished(cell, path, path)
+
+
+def _finished(cell: Cell, path: Path, where: Path) -> dict[str, Any] | None:
+    """The record of `cell` at `path`, if it is there and holds all that the tables ask of it; errors name `where`."""
+    if not path.exists():
+        return None
+    record = _read(path)
+    check_recipe(cell, record, where)
+    return record if all(need in record for need in cell.run.needs) else None
 
 
 def _found(folder: Path, runs: Sequence[Run], name: re.Pattern[str], pattern: str) -> Found:
