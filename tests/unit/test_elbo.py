@@ -29,9 +29,9 @@ def test_kl_counts_every_weight_that_shares_an_alpha():
     assert vd.kl(shared).item() == pytest.approx(35 * 0.5 * math.log(2.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("num_data", [0, -3, float("nan")])
+@pytest.mark.parametrize("num_data", [0, -3, float("nan"), "60000", None])
 def test_num_data_must_be_positive(num_data):
-    with pytest.raises(InvalidValueError, match=f"num_data={num_data}.*above 0"):
+    with pytest.raises(InvalidValueError, match=f"num_data={num_data!r}.*above 0"):
         vd.ELBO(num_data=num_data)
 
 
@@ -156,6 +156,9 @@ def test_rules_follow_their_definitions():
         (lambda: vd.SparseVD(form="cubic"), r"form='cubic'"),
         (lambda: vd.SparseVD(sampling="both"), r"sampling='both'"),
         (lambda: vd.SparseVD(threshold=float("nan")), r"threshold=nan"),
+        (lambda: vd.SparseVD(init_log_std=float("inf")), r"SparseVD\(init_log_std=inf\): a first value must be finite"),
+        (lambda: vd.BetaBernoulli(init_a=float("inf")), r"BetaBernoulli\(init_a=inf\): a first value must be finite"),
+        (lambda: vd.ARD(init_spread=-0.1), r"ARD\(init_spread=-0.1\)"),
         (lambda: vd.VBD(low=2.0, high=1.0), r"low=2.0, high=1.0"),
         (lambda: vd.VBD(alpha="layer", high=1.0), "need alpha"),
     ],

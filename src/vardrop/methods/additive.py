@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 from torch import Tensor
 
 from vardrop.errors import InvalidValueError
-from vardrop.methods.base import WeightMethod
+from vardrop.methods.base import WeightMethod, check_range
 from vardrop.noise import AdditiveNoise, Layout, Noise
 
 
@@ -31,6 +31,7 @@ class AdditiveMethod(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, "init_spread", above=0.0, closed=True)
         if self.train_clip and self.rule != "log_alpha":
             raise InvalidValueError(
                 f"{type(self).__name__}(train_clip=True, rule={self.rule!r}): needs rule='log_alpha'"

@@ -195,6 +195,8 @@ def _check_numbers(method: Method) -> None:
         value = getattr(method, known.name)
         if isinstance(value, float) and math.isnan(value):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): must be a number, not NaN")
+        if isinstance(value, float) and math.isinf(value) and known.name.startswith("init_"):
+            raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): a first value must be finite")
 
 
 def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ...]) -> None:
