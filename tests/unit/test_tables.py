@@ -2,12 +2,16 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import vardrop as vd
 from vardrop.errors import InvalidValueError, StorageError
+from vardrop.measure import authors_flops
 from vardrop.tables import Cell, Found, find_run, found_in, load_tables, stored_in
 from vardrop.tables.figures import FIGURES, Joined, join, mark
 from vardrop.tables.page import contents, lines_of, markdown, page, verdicts
@@ -352,7 +356,7 @@ def test_figures_are_read_where_a_run_keeps_them():
             "compression": 5.0,
         },
         "compacted": {"units": [4, 3]},
-        "sizes": {"authors_flops": {"ratio": 4.0}, "parameters": {"ratio": 8.0}},
+        "sizes": {"authors_flops": {"original": 80, "small": 20}, "parameters": {"ratio": 8.0}},
         "times": {"seconds, torch, batch 128, threads 1": {"ratio": 2.0}},
         "ensemble": {"1": {"error": 0.2}, "20": {"error": 0.1}},
     }
@@ -381,6 +385,36 @@ def test_figures_are_read_where_a_run_keeps_them():
         assert FIGURES[name].read(run) == pytest.approx(value), name
     gated = {**run, "pruned": {**run["pruned"], "units": "7-5"}}
     assert FIGURES["units"].read(gated) == (7.0, 5.0)
+
+
+def test_the_flops_behind_gates_that_depend_on_their_input_are_those_of_an_average_one():
+    """arXiv:1805.10896, table 2, LeNet-500-300: BB leaves 294-110-71, of which DBB opens 106-56-46."""
+
+    def dense(*widths):
+        return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
+
+    net = vd.convert(vd.convert(dense(294, 110, 71, 10), vd.BetaBernoulli()), vd.DependentBetaBernoulli())
+    small = vd.strip(net).eval()
+    record = {
+        "config": {"method": {"name": "dependent-beta-bernoulli", "place": "auto"}},
+        "compacted": {
+            "open_units": [106, 56, 46],
+            "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
+        },
+        "sizes": {
+            "authors_flops": {
+                "original": authors_flops(dense(784, 500, 300, 10), torch.zeros(1, 784)),
+                "small": authors_flops(small, torch.zeros(1, 294)),
+            }
+        },
+    }
+    # a layer computes all its units that are ever on from the inputs that are open; a gate on K units takes 5 K
+    layers = (2 * 106 + 1) * 110 + (2 * 56 + 1) * 71 + 2 * 46 * 10
+    speedup = FIGURES["speedup_flops"].read(record)
+    assert speedup == pytest.approx(1_090_800 / (layers + 5 * (294 + 110 + 71)))
+    assert speedup == pytest.approx(33.51, rel=0.08)  # the paper's
+    record["config"]["method"]["place"] = "output"
+    assert FIGURES["speedup_flops"].read(record) < speedup / 2
 
 
 def test_a_record_of_another_recipe_or_a_damaged_one_is_refused_and_one_that_lacks_a_figure_is_not_finished(tmp_path):
