@@ -130,4 +130,5 @@ def worst_near(factors: Tensor, gradient: Tensor, budget: float, examples: int, 
     best = gain.topk(int(budget * gain.shape[1]), dim=1, sorted=False)
     rows = factors.reshape(examples, -1)
     now = rows.gather(1, best.indices)
-    return rows.scatter(1, best.indices, torch.where(best.values > 0, on - now, now)).view_as(factors)
+    turned = torch.where(now == 0.0, on, 0.0).to(now.dtype)
+    return rows.scatter(1, best.indices, torch.where(best.values > 0, turned, now)).view_as(factors)
