@@ -120,16 +120,19 @@ def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> 
         )
     for noise in found:
         noise.begin()
-    first = _scalar(nll())
-    products = [done.product for noise in found for done in noise.first or []]
-    gradients = iter(
-        torch.autograd.grad(first, products, retain_graph=True, materialize_grads=True) if products else ()
-    )
-    for noise in found:
-        noise.turn([next(gradients) for _ in noise.first or []])
-    second = _scalar(nll())
-    for noise in found:
-        noise.second.clear()
+    try:
+        first = _scalar(nll())
+        products = [done.product for noise in found for done in noise.first or []]
+        gradients = iter(
+            torch.autograd.grad(first, products, retain_graph=True, materialize_grads=True) if products else ()
+        )
+        for noise in found:
+            noise.turn([next(gradients) for _ in noise.first or []])
+        second = _scalar(nll())
+    finally:
+        for noise in found:
+            noise.first = None
+            noise.second.clear()
     return first, found[0].weight * second
 
 

@@ -253,6 +253,7 @@ def test_adversarial_dropout_refuses_inputs_that_change_in_place_before_the_seco
     net, x = vd.convert(nn.Linear(4, 2), vd.AdversarialDropout()), torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="changed in place"):
         vd.ELBO(num_data=3)(net.train(), lambda: (net(x).square().mean(), x.add_(1.0))[0])
+    assert net.noise.first is None and not net.noise.second
 
 
 def test_the_objective_moves_masks_in_training_only():
