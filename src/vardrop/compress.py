@@ -65,7 +65,7 @@ class Job:
         exclude: name patterns of the layers to leave plain.
         parts: methods of layers that differ from `method`, by name pattern; the first match wins.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
-        fast: train on the fast path, compiled where the run has steps enough to pay for it.
+        fast: train on the fast path, compiled where the run sees examples enough to pay for it.
     """
 
     net: str

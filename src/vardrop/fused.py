@@ -150,7 +150,7 @@ def normal(count: int, key: Tensor) -> Tensor:
 
 
 def uniform(count: int, key: Tensor) -> Tensor:
-    """`count` uniform float32 numbers inside (0, 1) that follow from the two 32-bit words of `key`."""
+    """`count` uniform float32 numbers in (0, 1] that follow from the two 32-bit words of `key`."""
     return _share_of_range(_words(count, key)[0])
 
 
@@ -160,7 +160,7 @@ def _words(count: int, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share_of_range(word: Tensor) -> Tensor:
-    """The upper 24 bits of a 32-bit `word` as a number inside (0, 1)."""
+    """The upper 24 bits of a 32-bit `word` as a number in (0, 1]: the greatest one rounds up."""
     return ((word >> 8) & 0xFFFFFF).float().add(0.5) * 2.0**-24
 
 
