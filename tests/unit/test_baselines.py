@@ -256,6 +256,17 @@ def test_adversarial_dropout_refuses_inputs_that_change_in_place_before_the_seco
     assert net.noise.first is None and not net.noise.second
 
 
+def test_adversarial_dropout_is_the_same_in_a_compiled_net_of_two_layers():
+    net = vd.convert(nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)), vd.AdversarialDropout(budget=0.2))
+    x, y = torch.randn(6, 20), torch.randint(3, (6,))
+
+    def loss(model):
+        torch.manual_seed(1)
+        return vd.ELBO(num_data=6)(net.train(), lambda: nn.functional.cross_entropy(model(x), y))
+
+    torch.testing.assert_close(loss(torch.compile(net, backend="aot_eager")), loss(net))
+
+
 def test_the_objective_moves_masks_in_training_only():
     net = layer(vd.MagnitudePruning(sparsity=0.5, start=0, rounds=1), [1.0, 2.0])
     elbo = vd.ELBO(num_data=1)

@@ -91,11 +91,16 @@ class AdversarialNoise(BernoulliNoise):
         if self.second:
             return value * self.second.pop(0)
         factors = self.factors(shape, value)
+        return value * factors if self.first is None else self._recorded(value, factors, examples)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _recorded(self, value: Tensor, factors: Tensor, examples: int) -> Tensor:
+        """The product, kept in ``first``; a compiled graph would hand out one that the loss does not depend on."""
         product = value * factors
-        if self.first is not None:
-            if not product.requires_grad:
-                product.requires_grad_()
-            self.first.append(FirstPass(value.detach(), value._version, factors, product, examples))
+        if not product.requires_grad:
+            product.requires_grad_()
+        assert self.first is not None
+        self.first.append(FirstPass(value.detach(), value._version, factors, product, examples))
         return product
 
     def begin(self) -> None:
