@@ -1,5 +1,6 @@
 """The runner of tables on embedded data: each cell once, resumed where it was broken off, whatever else fails."""
 
+import io
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_cli import vardrop
 
 from vardrop.errors import ApartError, DataError, StorageError, TrainingError, VardropError
-from vardrop.tables import Cell, load_tables, runner
+from vardrop.tables import Cell, Found, load_tables, runner
+from vardrop.tables.command import reproduce
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
 from vardrop.tables.store import CELL, left_to_run, record_of
 
@@ -108,13 +111,53 @@ def test_what_is_stored_is_shown_and_not_run_again(made, tmp_path):
     assert done.returncode == 0 and "Pruning" in done.stdout
     assert not list((tmp_path / "out").rglob("run.json"))
     assert (tmp_path / "out" / "own" / "table.md").read_text() == (root / "out" / "own" / "table.md").read_text()
-    cells = cells_of([load_tables(own)["own"]], "full", 1)
-    assert left_to_run(cells, tmp_path / "out", store) == []
+    listed = vardrop("reproduce", "--list", *options)
+    assert f"{len(cells_of([load_tables(own)['own']], 'full', 1))} / " in listed.stdout
+
+
+def test_only_what_is_not_stored_is_left_to_run_and_what_it_starts_from(made, tmp_path):
+    root, _, _ = made
+    store = tmp_path / "results"
+    shutil.copytree(root / "results", store)
+    cells = cells_of([load_tables(root / "own")["own"]], "full", 1)
+    assert left_to_run(cells, tmp_path / "out", store) == ([], {})
     (store / "tables" / "own" / "dbb" / "full-seed-0.json").unlink()
-    left = left_to_run(cells, tmp_path / "out", store)
+    left, _ = left_to_run(cells, tmp_path / "out", store)
     assert [cell.run.row for cell in left] == ["Plain", "BB", "DBB"]
-    finished = left_to_run(cells, root / "out", store)
+    finished, _ = left_to_run(cells, root / "out", store)
     assert [cell.run.row for cell in finished] == ["DBB"]
+
+
+def test_a_stored_record_that_is_damaged_is_not_run_again_and_stops_nothing_else(made, tmp_path):
+    root, _, _ = made
+    store = tmp_path / "results"
+    shutil.copytree(root / "results", store)
+    plain, pruning, dbb = (store / "tables" / "own" / row / "full-seed-0.json" for row in ("plain", "pruning", "dbb"))
+    stored = plain.read_text() + "\n"
+    plain.write_text(stored)
+    pruning.write_text("{")
+    dbb.unlink()
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "own" / "dbb" / "full-seed-0" / CELL).unlink()
+    failed = reproduce(
+        ["own"],
+        Options(tmp_path / "out", recipes=root / "own", device="cpu"),
+        Console(file=io.StringIO()),
+        budget="full",
+        seeds=1,
+        store=store,
+    )
+    assert set(failed) == {"own/pruning/full-seed-0", "own"} and "not a readable record" in failed["own"]
+    assert pruning.read_text() == "{" and dbb.exists() and plain.read_text() == stored
+
+
+def test_a_record_that_lacks_a_figure_does_not_hide_a_whole_one():
+    whole, part = Found(), Found()
+    whole.add("own/bb", "full", 0, {"pruned": {}, "sizes": {"bytes": 4}})
+    part.add("own/bb", "full", 0, {"pruned": {}})
+    part.add("own/bb", "full", 1, {"pruned": {}})
+    whole.update(part)
+    assert whole.records["own/bb", "full"] == {0: {"pruned": {}, "sizes": {"bytes": 4}}, 1: {"pruned": {}}}
 
 
 def test_rows_start_from_those_they_name_and_parts_have_their_own_fields(made):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, Cell, find_tables
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells
 from vardrop.tables.show import beside, watching
-from vardrop.tables.store import Found, found_in, keep, left_to_run, record_of, stored_in
+from vardrop.tables.store import Found, found_in, is_kept, keep, left_to_run, record_of, stored_in
 
 
 def reproduce(
@@ -51,10 +51,12 @@ def reproduce(
     """
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows, columns)
+    refused: dict[str, str] = {}
     if store is not None:
-        cells = left_to_run(cells, options.folder, store)
+        cells, refused = left_to_run(cells, options.folder, store)
     with watching(console, cells, options.folder) if cells else nullcontext() as watch:
         outcome = run_cells(cells, options, _storing(watch or Watch(), options, store))
+    outcome.failed.update(refused)
     for table in tables:
         try:
             runs = list(table.runs())
@@ -77,13 +79,14 @@ def reproduce(
 
 
 def _storing(watch: Watch, options: Options, store: Path | None) -> Watch:
-    """`watch`, which also keeps the record of each finished cell in `store`."""
+    """`watch`, which also keeps the record of each finished cell that `store` has none of."""
     if store is None:
         return watch
 
     def on_end(cell: Cell, reason: str) -> None:
-        if not reason:
-            keep(cell, record_of(cell, options.folder) or {}, store)
+        with suppress(StorageError):
+            if not reason and not is_kept(cell, store):
+                keep(cell, record_of(cell, options.folder) or {}, store)
         watch.on_end(cell, reason)
 
     return replace(watch, on_end=on_end)

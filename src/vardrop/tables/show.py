@@ -16,17 +16,17 @@ from vardrop.tables.figures import DASH
 from vardrop.tables.page import FAILS, HOLDS, lines_of, verdicts
 from vardrop.tables.recipes import Budget, Cell, Table
 from vardrop.tables.runner import Watch, cells_of, epochs_done
-from vardrop.tables.store import CELL, Found
+from vardrop.tables.store import Found, has_record
 
 COLOURS = {"within": "green", "better": "bold green", "short by": "yellow"}
 
 
-def overview(tables: Sequence[Table], folder: Path, budget: Budget, seeds: int) -> Grid:
-    """The tables with how many of their cells are finished below `folder`."""
+def overview(tables: Sequence[Table], folder: Path, budget: Budget, seeds: int, *, store: Path | None = None) -> Grid:
+    """The tables with how many of their cells are finished below `folder` or have a record in `store`."""
     grid = Grid("table", "what it shows", "source", f"cells done, {budget}", title="Tables")
     for table in tables:
         cells = cells_of([table], budget, seeds)
-        done = sum((folder / cell.place / CELL).exists() for cell in cells)
+        done = sum(has_record(cell, folder, store) for cell in cells)
         grid.add_row(table.id, escape(table.title), table.source, f"{done} / {len(cells)}")
     return grid
 

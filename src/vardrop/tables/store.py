@@ -30,9 +30,12 @@ class Found:
         self.records.setdefault((place, budget), {})[seed] = record
 
     def update(self, other: Found) -> None:
-        """Takes over all records of `other`, which win."""
+        """Takes over all records of `other`; of two records of one cell they win, unless they lack a figure."""
         for key, records in other.records.items():
-            self.records.setdefault(key, {}).update(records)
+            mine = self.records.setdefault(key, {})
+            for seed, record in records.items():
+                if mine.get(seed, {}).keys() <= record.keys():
+                    mine[seed] = record
 
     def of(self, run: Run, budget: str) -> dict[int, Mapping[str, Any]]:
         """The records of `run` with this budget, by seed."""
@@ -54,7 +57,7 @@ def record_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
     return _finished(cell, folder / cell.place / CELL, folder / cell.place)
 
 
-def left_to_run(cells: Sequence[Cell], folder: Path, store: Path) -> list[Cell]:
+def left_to_run(cells: Sequence[Cell], folder: Path, store: Path) -> tuple[list[Cell], dict[str, str]]:
     """Those of the `cells` whose record :func:`keep` did not put into `store`, and those that they start from.
 
     Args:
@@ -62,18 +65,29 @@ def left_to_run(cells: Sequence[Cell], folder: Path, store: Path) -> list[Cell]:
         folder: where ``vardrop reproduce`` works.
         store: the folder that records are kept in.
 
-    Raises:
-        StorageError: a record is damaged, or was made by another recipe.
+    Returns:
+        the cells, and why others have a stored record that is of no use, by their places; these are not run.
     """
     left: list[Cell] = []
+    refused: dict[str, str] = {}
     starts: set[str] = set()
     for cell in reversed(cells):
-        if cell.place not in starts and _kept(cell, store) is not None:
-            continue
+        if cell.place not in starts:
+            try:
+                if is_kept(cell, store):
+                    continue
+            except StorageError as error:
+                refused[cell.place] = str(error)
+                continue
         left.append(cell)
-        if cell.before is not None and record_of(cell, folder) is None:
+        if cell.before is not None and _is_wanting(cell, folder):
             starts.add(cell.before.place)
-    return left[::-1]
+    return left[::-1], refused
+
+
+def has_record(cell: Cell, folder: Path, store: Path | None) -> bool:
+    """Whether there is any record of `cell`, below `folder` or in `store`."""
+    return (folder / cell.place / CELL).exists() or (store is not None and _stored(cell, store).exists())
 
 
 def found_in(folder: Path, runs: Sequence[Run]) -> Found:
@@ -112,14 +126,26 @@ def keep(cell: Cell, record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def _is_wanting(cell: Cell, folder: Path) -> bool:
+    """Whether `cell` is to be trained below `folder`, which a record of no use forbids."""
+    try:
+        return record_of(cell, folder) is None
+    except StorageError:
+        return False
+
+
+def is_kept(cell: Cell, store: Path) -> bool:
+    """Whether :func:`keep` put a record of `cell` into `store` that holds all that the tables ask of it.
+
+    Raises:
+        StorageError: the record is damaged, or was made by another recipe.
+    """
+    path = _stored(cell, store)
+    return _finished(cell, path, path) is not None
+
+
 def _stored(cell: Cell, store: Path) -> Path:
     return store / TABLES / f"{cell.place}.json"
-
-
-def _kept(cell: Cell, store: Path) -> dict[str, Any] | None:
-    """The record of `cell` that :func:`keep` put into `store`, as far as :func:`record_of` would give it."""
-    path = _stored(cell, store)
-    return _finished(cell, path, path)
 
 
 def _finished(cell: Cell, path: Path, where: Path) -> dict[str, Any] | None:
