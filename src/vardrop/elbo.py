@@ -64,11 +64,11 @@ class ELBO:
 
     def __init__(self, num_data: int, *, warmup: schedules.Schedule | None = None, kl_factor: float = 1.0) -> None:
         try:
-            enough = num_data > 0
+            enough = 0 < num_data < math.inf
         except TypeError:
             enough = False
         if not enough:
-            raise InvalidValueError(f"num_data={num_data!r}: must be the number of training examples, above 0")
+            raise InvalidValueError(f"num_data={num_data!r}: must be a finite number of training examples, above 0")
         if not 0.0 <= kl_factor < math.inf:
             raise InvalidValueError(f"kl_factor={kl_factor}: must be a finite number, at least 0")
         self.num_data = num_data

@@ -29,9 +29,9 @@ def fast(
 
     The fast path draws from the same law as the plain one, but other numbers: its variances are those of the layer to
     the digits of `variance`, its noise, its masks and its passes over weights and outputs are compiled, as are the
-    formulas of truncated log-normal and concrete gates, which then take one backward for each pass, without
-    ``retain_graph``. The first training step pays for the compilation once: some seconds, with truncated log-normal
-    gates up to a minute. Under ``torch.compile`` of the whole model the plain path is taken.
+    formulas of truncated log-normal gates, which then take one backward for each pass, without ``retain_graph``. The
+    first training step pays for the compilation once: some seconds, with truncated log-normal gates up to a minute.
+    Under ``torch.compile`` of the whole model the plain path is taken.
 
     Args:
         model: a converted model.

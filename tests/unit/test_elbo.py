@@ -29,7 +29,7 @@ def test_kl_counts_every_weight_that_shares_an_alpha():
     assert vd.kl(shared).item() == pytest.approx(35 * 0.5 * math.log(2.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("num_data", [0, -3, float("nan"), "60000", None])
+@pytest.mark.parametrize("num_data", [0, -3, float("nan"), float("inf"), "60000", None])
 def test_num_data_must_be_positive(num_data):
     with pytest.raises(InvalidValueError, match=f"num_data={num_data!r}.*above 0"):
         vd.ELBO(num_data=num_data)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vardrop import fused
 from vardrop.functional.kumaraswamy import CLIP
 from vardrop.lrt import Operation, source
 from vardrop.noise.base import Layout, Noise
@@ -108,18 +106,18 @@ class Gate(Noise):
 
     def normal(self, rows: int, like: Tensor) -> Tensor:
         """Standard normal draws ``(rows, units)`` of the kind of `like`, in float32 or better."""
-        return self._drawn(torch.randn, fused.normal, rows, like)
+        return torch.randn(rows, self.units, **self._kind(like))
 
     def uniform(self, rows: int, like: Tensor) -> Tensor:
         """Uniform draws ``(rows, units)`` in [1e-6, 1 - 1e-6] of the kind of `like`, in float32 or better."""
-        return self._drawn(torch.rand, fused.uniform, rows, like).clamp(CLIP, 1.0 - CLIP)
+        return torch.rand(rows, self.units, **self._kind(like)).clamp(CLIP, 1.0 - CLIP)
 
-    def _drawn(self, plain: Callable[..., Tensor], kernel: Callable[..., Tensor], rows: int, like: Tensor) -> Tensor:
-        """Draws ``(rows, units)`` by torch's function `plain`, or by its compiled twin `kernel`."""
-        kind = torch.promote_types(like.dtype, torch.float32)
-        if self.compiled and kind == torch.float32 and fused.is_worth_drawing(rows * self.units):
-            return fused.drawn(kernel, (rows, self.units), like.device, self.generator)
-        return plain(rows, self.units, dtype=kind, device=like.device, **source(self.generator))
+    def _kind(self, like: Tensor) -> dict[str, Any]:
+        return {
+            "dtype": torch.promote_types(like.dtype, torch.float32),
+            "device": like.device,
+            **source(self.generator),
+        }
 
 
 def broadcast(factor: Tensor, value: Tensor, dim: int) -> Tensor:

@@ -162,13 +162,8 @@ class ConcreteGate(Gate):
 
     def sample(self, rows: int) -> Tensor:
         logit = at_least_float32(self.logit_rate)
-        return self.quick(_concrete_factor, logit, self.uniform(rows, logit), self.temperature)
-
-
-def _concrete_factor(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """``1 - z`` of a relaxed Bernoulli variable `z` with this `logit` of its rate, over ``1 - rate``."""
-    noisy = (logit + torch.logit(u)) / temperature
-    return torch.exp(logsigmoid(-noisy) + softplus(logit))
+        noisy = (logit + torch.logit(self.uniform(rows, logit))) / self.temperature
+        return torch.exp(logsigmoid(-noisy) + softplus(logit))
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

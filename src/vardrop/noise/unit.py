@@ -51,7 +51,7 @@ class BernoulliNoise(Noise):
         if self.compiled and shape == like.shape and fused.is_worth_drawing(like.numel()):
             return fused.dropout_factors(like, self.rate, self.generator)
         kept = torch.rand(shape, device=like.device, **source(self.generator)) >= self.rate
-        return kept.to(like.dtype) / (1.0 - self.rate)
+        return kept.to(like.dtype) * (1.0 / (1.0 - self.rate))
 
 
 @dataclass(frozen=True)

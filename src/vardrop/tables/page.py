@@ -142,7 +142,7 @@ def _ours(table: Table, row: Row, found: Found) -> list[Line]:
             _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, alike=not others)
             for name in table.columns
         ]
-        lines.append(Line(row.name, _origin(row, budget, found, others), tuple(cells), row.reason))
+        lines.append(Line(row.name, _origin(row, budget, found, others), tuple(cells), "" if lines else row.reason))
     if not lines:
         remark = row.not_run or "; ".join(filter(None, ("not run yet", row.reason)))
         lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), remark))
