@@ -348,7 +348,10 @@ def test_a_failure_is_told_by_the_signal_or_the_last_thing_said(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_ctrl_c_and_sigterm_stop_the_cells_at_work_and_free_them(number, error, tmp_path, monkeypatch):
+def test_ctrl_c_and_sigterm_stop_the_cells_at_work_and_free_them(number, error, tmp_path, monkeypatch, request):
+    if number != signal.SIGINT:  # as in what a script starts in the background
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     own = recipes(tmp_path / "own")
     started = []
     usual = runner._process

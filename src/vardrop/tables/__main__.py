@@ -9,7 +9,7 @@ from pathlib import Path
 from vardrop.errors import VardropError
 from vardrop.memory import keep_freed_memory
 from vardrop.tables.recipes import Cell, load_tables
-from vardrop.tables.runner import BUSY, BusyError, Options, run_seeds
+from vardrop.tables.runner import BUSY, BusyError, Options, ended_by_sigterm, run_seeds
 
 
 def main(text: str) -> None:
@@ -21,7 +21,8 @@ def main(text: str) -> None:
     data_root = None if told["data_root"] is None else Path(told["data_root"])
     try:
         cells = [Cell(run, told["budget"], seed) for seed in told["seeds"]]
-        run_seeds(cells, Options(Path(told["folder"]), data_root, recipes=recipes))
+        with ended_by_sigterm():
+            run_seeds(cells, Options(Path(told["folder"]), data_root, recipes=recipes))
     except VardropError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(BUSY if isinstance(error, BusyError) else 1)

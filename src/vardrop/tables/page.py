@@ -135,7 +135,7 @@ def _heading(table: Table) -> str:
 
 
 def _ours(table: Table, row: Row, found: Found) -> list[Line]:
-    lines = []
+    lines: list[Line] = []
     for budget in found.budgets(list(row.runs.values())):
         others = _other_nets(row, budget, found)
         cells = [

@@ -230,7 +230,7 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
         watch.on_end(cell, reason)
     _drop_without_data(waiting, options, outcome, watch)
     working: dict[int, tuple[list[Cell], subprocess.Popen[bytes]]] = {}
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         try:
             while waiting or working:
                 for cell in list(waiting):
@@ -247,15 +247,18 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
                 time.sleep(TICK if waiting or working else 0.0)
         finally:
             for _, process in working.values():
-                process.send_signal(signal.SIGINT)
+                process.terminate()
             for _, process in working.values():
                 process.wait()
     return outcome
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does, so that no process is left behind."""
+def ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does, so that no process is left behind.
+
+    Unlike SIGINT, it also reaches what a script started in the background.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
