@@ -1,6 +1,7 @@
 """What every test and doctest starts from."""
 
 import importlib.util
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import vardrop as vd
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests of Ctrl-C also run in the background of a script
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,10 @@ def compress(
         int | None,
         typer.Option(help="Epoch from which the learning rate falls to 0 on a line; default: half-way"),
     ] = None,
-    warmup_start: Annotated[int | None, typer.Option(help="Last epoch without KL; default: a fifth of the run")] = None,
+    warmup_start: Annotated[
+        int | None,
+        typer.Option(help="Last epoch without KL; default: a fifth of the run, or of --warmup-epochs a quarter"),
+    ] = None,
     warmup_epochs: Annotated[
         int | None, typer.Option(help="Epoch of the full KL; default: four fifths of the run")
     ] = None,
@@ -99,6 +102,7 @@ def compress(
     """
     from vardrop.compress import compress as run
 
+    full_kl = 4 * epochs // 5 if warmup_epochs is None else warmup_epochs
     schedule = Schedule(
         epochs=epochs,
         batch_size=batch_size,
@@ -108,8 +112,8 @@ def compress(
         clip_norm=clip_norm,
         shrink_every=shrink_every,
         decay_from=epochs // 2 if decay_from is None else decay_from,
-        warmup_start=epochs // 5 if warmup_start is None else warmup_start,
-        warmup_epochs=4 * epochs // 5 if warmup_epochs is None else warmup_epochs,
+        warmup_start=min(epochs // 5, full_kl // 4) if warmup_start is None else warmup_start,
+        warmup_epochs=full_kl,
         kl_factor=kl_factor,
         seed=seed,
     )

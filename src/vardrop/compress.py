@@ -85,6 +85,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.on_empty not in ("keep-best", "refuse"):
             raise InvalidValueError(f"on_empty={self.on_empty!r}: must be 'keep-best' or 'refuse'")
+        for name in ("pretrain", "validation"):
+            if getattr(self, name) < 0:
+                raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 0")
         obstacle = why_whole(self.method)
         if self.schedule.shrink_every is not None and obstacle is not None:
             raise InvalidValueError(f"shrink_every={self.schedule.shrink_every}: {obstacle}; leave it out")

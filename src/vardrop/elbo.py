@@ -71,6 +71,10 @@ class ELBO:
             raise InvalidValueError(f"num_data={num_data!r}: must be a finite number of training examples, above 0")
         if not 0.0 <= kl_factor < math.inf:
             raise InvalidValueError(f"kl_factor={kl_factor}: must be a finite number, at least 0")
+        if not (warmup is None or _is_schedule(warmup)):
+            raise InvalidValueError(
+                f"warmup={warmup!r}: must be a function of the epoch, as vardrop.warmup.linear(epochs=20) is"
+            )
         self.num_data = num_data
         self.warmup = schedules.constant() if warmup is None else warmup
         self.kl_factor = kl_factor
@@ -136,7 +140,17 @@ def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> 
     return first, found[0].weight * second
 
 
-def _scalar(nll: Tensor) -> Tensor:
+def _is_schedule(warmup: Any) -> bool:
+    try:
+        float(warmup(0))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _scalar(nll: Any) -> Tensor:
+    if not isinstance(nll, Tensor):
+        raise InvalidValueError(f"nll={nll!r:.80}: must be a scalar tensor, or a function that gives one")
     if nll.dim() != 0:
         raise InvalidValueError(f"nll has shape {tuple(nll.shape)}: must be a scalar, the mean over the minibatch")
     return nll

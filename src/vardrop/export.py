@@ -55,10 +55,12 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
     except ImportError as error:
         raise MissingExtraError("export to ONNX", "onnx") from error
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs):
+    batches = isinstance(inputs, tuple) and all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs)
+    if not batches or not inputs:
+        shown = type(example_inputs).__name__ if not isinstance(inputs, tuple) else f"{example_inputs!r:.80}"
         raise InvalidValueError(
-            f"example_inputs={example_inputs!r:.80}: must be a tensor or a tuple of tensors, each with a batch of at "
-            "least one as its first dimension"
+            f"example_inputs={shown}: must be a tensor or a tuple of tensors, each with a batch of at least one as its "
+            "first dimension"
         )
     if any(site.noise.on for site in sites(model)):
         raise ConversionError("the noise of the model is switched on: call vardrop.noise(model, on=None) before export")
@@ -81,7 +83,10 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         for batch, outputs in expected:
             for difference in _differences(runner, batch, outputs):
                 if not difference <= LARGEST_RELATIVE_DIFFERENCE:
-                    raise StorageError(f"onnxruntime differs from torch by {difference:.2e} of the largest output")
+                    raise StorageError(
+                        f"onnxruntime differs from torch by {difference:.2e} of the largest output; a net in half "
+                        "precision is exported after model.float()"
+                    )
 
     replace_file(Path(path), write)
 
@@ -90,7 +95,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     try:
         with torch.no_grad():
             return [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ConversionError(f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}") from error
 

@@ -17,8 +17,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, flushes it to disk and renames it to `path` in one stroke.
 
     Raises:
-        StorageError: the file could not be written; what was at `path` before is still there.
+        StorageError: `path` is a folder, or the file could not be written; what was at `path` before is still there.
     """
+    if not path.name or path.is_dir():
+        raise StorageError(f"{path} is a folder: name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ compaction may have cut, so that a compacted model is rebuilt from the code of t
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -71,6 +72,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     Raises:
         StorageError: `folder` holds something, or cannot be written, or the state of `model` holds something else
             than dense tensors; what was in `folder` before is unharmed.
+        InvalidValueError: `model` is no module.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / "small"
@@ -78,6 +80,8 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     >>> vd.load(folder, lambda: torch.nn.Linear(9, 9)).weight.shape
     torch.Size([2, 4])
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"model is a {type(model).__name__}: must be a torch.nn.Module, not its state")
     folder = Path(folder)
     if is_model_folder(folder):
         if not overwrite:
@@ -130,10 +134,22 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     """
     folder = Path(folder)
     record, tensors = _read(folder)
-    model = build() if callable(build) and not isinstance(build, nn.Module) else None
+    model = build() if _takes_nothing(build) and not isinstance(build, nn.Module) else None
     if not isinstance(model, nn.Module):
-        raise InvalidValueError(f"build={build!r}: must be a function that gives the original torch.nn.Module")
+        raise InvalidValueError(
+            f"build={build!r:.80}: must be a function without arguments that gives the original torch.nn.Module"
+        )
     return _filled(folder, model, record, tensors)
+
+
+def _takes_nothing(build: Any) -> bool:
+    try:
+        inspect.signature(build).bind()
+    except TypeError:
+        return False
+    except ValueError:  # what is written in C may have no signature
+        return callable(build)
+    return True
 
 
 def _filled(folder: Path, model: nn.Module, record: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -398,7 +398,12 @@ def _in_plain_operations() -> Iterator[None]:
 
 
 def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
-    return (inputs,) if isinstance(inputs, Tensor) else inputs
+    found = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if not isinstance(found, tuple | list) or not found:
+        raise InvalidValueError(
+            f"example_inputs is a {type(inputs).__name__}: must be a tensor or a tuple of the inputs"
+        )
+    return tuple(found)
 
 
 def _as_call(candidate: Candidate, inputs: Inputs | None) -> Callable[[], object]:

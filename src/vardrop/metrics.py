@@ -80,7 +80,7 @@ def nll(log_probabilities: Tensor, y: Tensor) -> Tensor:
     >>> vd.metrics.nll(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
     tensor([0.6931])
     """
-    _check_labels(y, log_probabilities.shape[1])
+    y = _labels(y, log_probabilities)
     return F.nll_loss(log_probabilities, y, reduction="none")
 
 
@@ -95,15 +95,26 @@ def brier(log_probabilities: Tensor, y: Tensor) -> Tensor:
     >>> vd.metrics.brier(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
     tensor([0.5000])
     """
-    _check_labels(y, log_probabilities.shape[1])
+    y = _labels(y, log_probabilities)
     target = F.one_hot(y, log_probabilities.shape[1]).movedim(-1, 1)
     return (log_probabilities.exp() - target).square().sum(dim=1)
 
 
-def _check_labels(y: Tensor, classes: int) -> None:
+def _labels(y: Tensor, log_probabilities: Tensor) -> Tensor:
+    """The labels `y` as class numbers, one for each prediction."""
+    shape, classes = log_probabilities.shape, log_probabilities.shape[1] if log_probabilities.dim() > 1 else 0
+    if not classes or y.shape != shape[:1] + shape[2:]:
+        raise InvalidValueError(
+            f"labels of shape {tuple(y.shape)} for log-probabilities of shape {tuple(shape)}: must be (N, *) for "
+            "(N, classes, *)"
+        )
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InvalidValueError(f"labels of type {y.dtype}: must be whole numbers, the classes")
+    y = y.long()
     astray = y[(y < 0) | (y >= classes)]
     if astray.numel():
         raise InvalidValueError(f"label {int(astray[0])}: must lie in 0 to {classes - 1}, the classes")
+    return y
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> float:

@@ -33,6 +33,9 @@ class noise:
         on: ``True`` or ``False`` forces it; ``None`` lets it follow ``model.training`` again.
         generator: source of the draws from now on; ``None`` for torch's default.
 
+    Raises:
+        InvalidValueError: `on` is something else.
+
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD()).eval()
     >>> x = torch.randn(2, 8)
     >>> with vd.noise(net, on=True):
@@ -43,6 +46,8 @@ class noise:
     """
 
     def __init__(self, model: nn.Module, on: bool | None = True, *, generator: torch.Generator | None = None) -> None:
+        if not (on is None or isinstance(on, bool)):
+            raise InvalidValueError(f"on={on!r}: must be True, False, or None to follow model.training")
         self._before = [(site.noise, site.noise.on, site.noise.generator) for site in sites(model)]
         for module, _, _ in self._before:
             module.on, module.generator = on, generator

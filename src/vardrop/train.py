@@ -69,6 +69,15 @@ class Schedule:
             rate = getattr(self, name)
             if rate is not None and not 0.0 < rate < math.inf:
                 raise InvalidValueError(f"{name}={rate}: must be a finite number above 0")
+        if not 0.0 <= self.kl_factor < math.inf:
+            raise InvalidValueError(f"kl_factor={self.kl_factor}: must be a finite number, at least 0")
+        if self.warmup_epochs < 0:
+            raise InvalidValueError(f"warmup_epochs={self.warmup_epochs}: must be at least 0")
+        if self.warmup_start < 0 or 0 < self.warmup_epochs <= self.warmup_start:
+            raise InvalidValueError(
+                f"warmup_start={self.warmup_start}: must be at least 0 and below warmup_epochs={self.warmup_epochs}, "
+                "at which the KL weight reaches 1"
+            )
         if not 0 <= self.decay_from <= self.epochs:
             raise InvalidValueError(f"decay_from={self.decay_from}: must lie in 0 to {self.epochs}, the epochs")
 

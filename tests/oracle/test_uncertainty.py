@@ -207,3 +207,14 @@ def test_without_torchmetrics_the_extra_is_named(monkeypatch):
 def test_a_label_that_is_no_class_is_refused(measure, label):
     with pytest.raises(InvalidValueError, match=f"label {label}: must lie in 0 to 2"):
         measure(torch.zeros(2, 3).log_softmax(dim=1), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize("measure", [vd.metrics.nll, vd.metrics.brier])
+def test_labels_are_whole_numbers_one_for_each_prediction(measure):
+    told = torch.zeros(2, 3).log_softmax(dim=1)
+    assert torch.equal(measure(told, torch.tensor([0, 1], dtype=torch.uint8)), measure(told, torch.tensor([0, 1])))
+    with pytest.raises(InvalidValueError, match=r"labels of type torch.float32: must be whole numbers"):
+        measure(told, torch.tensor([0.0, 1.0]))
+    for wrong in (told[:1], told[0]):
+        with pytest.raises(InvalidValueError, match=r"labels of shape \(2,\) for log-probabilities of shape"):
+            measure(wrong, torch.tensor([0, 1]))

@@ -8,6 +8,7 @@ from exactness import check, ignore, kill, parameters
 from torch import nn
 from torch.nn import functional as F
 
+import vardrop as vd
 from vardrop.errors import GraphError, InvalidValueError
 from vardrop.surgery import cut as cut_module
 from vardrop.surgery.cut import cut, plan
@@ -94,6 +95,11 @@ def test_a_switch_of_gradients_is_named():
 
 def test_a_branch_on_the_data_cannot_be_traced():
     refuse(net(lambda x: x if x.sum() > 0 else -x), "Net cannot be traced by torch.export")
+
+
+def test_inputs_that_do_not_fit_are_named_before_anything_is_traced():
+    with pytest.raises(GraphError, match=r"Linear does not run on inputs of shape \(1, 7\)"):
+        vd.compact(vd.convert(nn.Linear(4, 2), vd.ARD()), torch.ones(1, 7))
 
 
 def test_a_typo_in_on_unknown():

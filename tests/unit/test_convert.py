@@ -31,6 +31,8 @@ def test_dict_gives_parts_different_methods_and_the_first_match_wins():
     ("arguments", "error", "message"),
     [
         ({"method": "ard"}, InvalidValueError, "must be a method"),
+        ({"method": {0: vd.ARD()}}, InvalidValueError, "method: 0 is no name pattern"),
+        ({"method": vd.ARD(), "include": [0]}, InvalidValueError, "include: 0 is no name pattern"),
         ({"method": vd.ARD(), "include": "7"}, InvalidValueError, "include='7' matches no layer"),
         ({"method": vd.ARD(), "exclude": "x*"}, InvalidValueError, "exclude='x\\*' matches no layer"),
         ({"method": {"0": vd.ARD(), "9": vd.ARD()}}, InvalidValueError, "'9' matches no layer"),
@@ -100,8 +102,12 @@ class Tied(nn.Module):
 
 def test_a_weight_tied_to_a_layer_that_stays_plain_is_refused():
     for options in ({"exclude": "head"}, {"include": "head"}, {"exclude": "table"}):
-        with pytest.raises(ConversionError, match=r"shares its weight with '(head|table)', which stays plain"):
+        with pytest.raises(
+            ConversionError, match=r"'(head|table)', which stays plain.*exclude=\['(head|table)', '(h|t)"
+        ):
             vd.convert(Tied(call=False), vd.ARD(), **options)
+    with pytest.raises(InvalidValueError, match="must be a torch.nn.Module"):
+        vd.convert(Tied, vd.ARD())
     assert names(vd.convert(Tied(call=False), vd.ARD(), exclude=["head", "table"])) == ["middle"]
     assert names(vd.convert(Tied(call=False), vd.ARD())) == ["table", "middle"]
 

@@ -1,6 +1,7 @@
 """The objective, its schedules, prediction and pruning."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -27,6 +28,18 @@ def test_kl_is_divided_by_the_number_of_data_once_and_shown_apart():
 def test_kl_counts_every_weight_that_shares_an_alpha():
     shared = vd.convert(nn.Linear(7, 5), vd.VBD(alpha="layer", init_log_alpha=0.0))
     assert vd.kl(shared).item() == pytest.approx(35 * 0.5 * math.log(2.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [20, vd.warmup.constant])
+def test_warmup_must_be_a_schedule(warmup):
+    with pytest.raises(InvalidValueError, match="must be a function of the epoch"):
+        vd.ELBO(10, warmup=warmup)
+
+
+@pytest.mark.parametrize("nll", [0.5, lambda: None])
+def test_nll_must_be_a_tensor(nll):
+    with pytest.raises(InvalidValueError, match="must be a scalar tensor"):
+        vd.ELBO(10)(net(), nll)
 
 
 @pytest.mark.parametrize("num_data", [0, -3, float("nan"), float("inf"), "60000", None])
@@ -107,6 +120,27 @@ def test_prune_counts_keeps_the_best_weight_of_a_dead_layer_and_says_so():
     assert all(site.noise.mask is None for site in vd.sites(model))
 
 
+@pytest.mark.parametrize("method", [vd.SparseVD(), (vd.BetaBernoulli(), vd.SparseVD())], ids=["noise", "gate"])
+def test_the_best_weight_is_kept_in_any_memory_format(method):
+    def conv():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
+
+    found = []
+    for net in (conv(), conv().to(memory_format=torch.channels_last)):
+        net = vd.convert(net, method)
+        with pytest.warns(EmptyLayerWarning):
+            vd.prune(net, threshold=-1e9 if method == vd.SparseVD() else 1e9)
+        found.append([site.noise.mask for site in vd.sites(net)])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_a_layer_without_weights_is_pruned_to_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is nothing to initialise
+        assert vd.prune(vd.convert(nn.Linear(0, 3), vd.ARD())).alive == 0
+
+
 def test_prune_refuses_what_it_cannot_judge():
     model = net()
     with pytest.raises(InvalidValueError, match="all 30 weights are dead"):
@@ -118,10 +152,12 @@ def test_prune_refuses_what_it_cannot_judge():
         vd.prune(model, on_empty="no")
     with pytest.raises(InvalidValueError, match="has no pruning rule"):
         vd.prune(vd.convert(nn.Linear(2, 2), vd.GaussianDropout()), threshold=1.0)
-    with torch.no_grad():
-        model[0].weight[0, 0] = float("nan")
-    with pytest.raises(InvalidValueError, match="layer '0'.*not finite"):
-        vd.prune(model)
+    for broken in (model[0].weight, model[0].noise.log_std):
+        was = broken.detach().clone()
+        broken.data[0, 0] = float("nan")
+        with pytest.raises(InvalidValueError, match="layer '0'.*not finite"):
+            vd.prune(model)
+        broken.data.copy_(was)
 
 
 def test_rules_follow_their_definitions():
@@ -148,6 +184,12 @@ def test_rules_follow_their_definitions():
         (lambda: vd.GammaARD(a=0.5), r"GammaARD\(a=0.5\): must satisfy 0.5 < a"),
         (lambda: vd.GammaARD(b=0.0), r"GammaARD\(b=0.0\)"),
         (lambda: vd.StudentT(a=-1.0), r"StudentT\(a=-1.0\)"),
+        (lambda: vd.StudentT(b=1e-38), r"StudentT\(b=1e-38\): must satisfy 1e-30 <= b < inf"),
+        (lambda: vd.BernoulliDropout(rate=1.0), r"must satisfy 0 <= rate < 1"),
+        (lambda: vd.BernoulliDropout(rate="1"), r"BernoulliDropout\(rate='1'\): must be a number"),
+        (lambda: vd.SparseVD(threshold="3"), r"SparseVD\(threshold='3'\): must be a number"),
+        (lambda: vd.MagnitudePruning(rounds=2.5), r"MagnitudePruning\(rounds=2.5\): must be a whole number"),
+        (lambda: vd.DependentBetaBernoulli(momentum=1.5), r"must satisfy 0 < momentum <= 1"),
         (lambda: vd.GaussianDropout(rate=1.0), r"GaussianDropout\(rate=1.0\)"),
         (lambda: vd.BernoulliDropout(rate=-0.1), r"BernoulliDropout\(rate=-0.1\)"),
         (lambda: vd.VariationalDropout(init_log_alpha=0.5), r"init_log_alpha=0.5"),

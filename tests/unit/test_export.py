@@ -172,7 +172,17 @@ def test_models_that_cannot_be_exported_are_told_why(tmp_path, model, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", ["x", (), torch.tensor(1.0), torch.ones(0, 4), (torch.ones(2, 4), 3)])
+def test_a_net_of_other_inputs_is_named(tmp_path):
+    x = torch.ones(2, 4)
+    with pytest.raises(ConversionError, match=r"Linear does not run on inputs of shape \(2, 4\), \(2, 4\)"):
+        vd.export_onnx(nn.Linear(4, 2), tmp_path / "net.onnx", (x, x))
+    with pytest.raises(StorageError, match="is a folder: name a file"):
+        vd.export_onnx(nn.Linear(4, 2), tmp_path, x)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", torch.ones(2, 4).numpy(), (), torch.tensor(1.0), torch.ones(0, 4), (torch.ones(2, 4), 3)]
+)
 def test_examples_must_be_tensors_with_a_batch(tmp_path, wrong):
     with pytest.raises(InvalidValueError, match="must be a tensor or a tuple of tensors, each with a batch"):
         vd.export_onnx(nn.Linear(4, 2), tmp_path / "net.onnx", wrong)

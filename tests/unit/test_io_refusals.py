@@ -160,9 +160,19 @@ def test_ties_must_agree_for_one_value_would_overwrite_the_other(tmp_path):
         vd.load(tmp_path / "tied", lambda: two(tied=False))
 
 
-@pytest.mark.parametrize("wrong", [None, nn.Linear(4, 3), lambda: "net"], ids=["none", "module", "string"])
+def test_a_state_is_not_saved_in_place_of_a_model(tmp_path):
+    with pytest.raises(InvalidValueError, match="model is a OrderedDict: must be a torch.nn.Module, not its state"):
+        vd.save(nn.Linear(4, 3).state_dict(), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, nn.Linear(4, 3), lambda: "net", nn.Linear], ids=["none", "module", "string", "class"]
+)
 def test_the_builder_must_be_a_function_that_gives_a_module(stored, wrong):
-    with pytest.raises(InvalidValueError, match="must be a function that gives the original torch.nn.Module"):
+    with pytest.raises(
+        InvalidValueError, match="must be a function without arguments that gives the original torch.nn.Module"
+    ):
         vd.load(stored, wrong)
 
 

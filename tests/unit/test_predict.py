@@ -261,6 +261,8 @@ def test_modes_switches_generators_and_statistics_come_back_even_after_an_error(
     for call in (vd.draws, vd.predict):
         with pytest.raises(InvalidValueError, match="samples=0"):
             call(net, x, samples=0)
+    with pytest.raises(InvalidValueError, match="on='off': must be True, False, or None"):
+        vd.noise(net, "off")
     same()
 
 

@@ -215,6 +215,10 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay=-0.1: must be a finite number, at least 0"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: must be a finite number above 0"),
         ({"epochs": 5, "decay_from": 6}, "decay_from=6: must lie in 0 to 5"),
+        ({"kl_factor": -1.0}, "kl_factor=-1.0: must be a finite number, at least 0"),
+        ({"warmup_epochs": -2}, "warmup_epochs=-2: must be at least 0"),
+        ({"warmup_start": 4, "warmup_epochs": 2}, "warmup_start=4: must be at least 0 and below warmup_epochs=2"),
+        ({"warmup_start": -1}, "warmup_start=-1: must be at least 0"),
     ],
 )
 def test_a_schedule_is_checked(arguments, message):

@@ -131,6 +131,7 @@ def test_ones_own_mistakes_are_named(tmp_path):
         ({"train_x": "torch.full((6, 4), float('nan'))"}, "training data.*example 0 holds NaN"),
         ({"test_y": "[0, 1, 5]"}, "test data.*label 5 of example 2 is out of range; labels must lie in 0 to 2"),
         ({"train_y": "[0, -1, 2, 0, 1, 2]"}, "label -1 of example 1"),
+        ({"train_y": "[0, 1, 2, 0, 1.5, 2]"}, "returned a label 1.5: labels must be whole numbers"),
         ({"train_x": "torch.rand(5, 4)"}, "5 inputs, but 6 labels"),
         ({"test_x": "torch.rand(3, 9)"}, r"inputs of shape \(9,\)"),
         ({"train_x": "torch.rand(0, 4)", "train_y": "[]"}, "there are no examples"),

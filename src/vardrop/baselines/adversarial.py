@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +46,7 @@ class AdversarialDropout(Method):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range(self, "rate", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+        check_range(self, "rate", above=0.0, below=1.0, closed=True, closed_below=False)
         check_range(self, "budget", above=0.0, below=1.0, closed=True)
         check_range(self, "weight", above=0.0, closed=True)
 

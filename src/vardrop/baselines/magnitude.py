@@ -49,7 +49,7 @@ class MagnitudePruning(Method):
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        check_range(self, "sparsity", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+        check_range(self, "sparsity", above=0.0, below=1.0, closed=True, closed_below=False)
         check_range(self, "start", above=0, closed=True)
         check_range(self, "every", above=1, closed=True)
         check_range(self, "rounds", above=1, closed=True)

@@ -52,7 +52,7 @@ class DynamicNetworkSurgery(Method):
     def __post_init__(self) -> None:
         if not math.isfinite(self.c):
             raise InvalidValueError(f"DynamicNetworkSurgery(c={self.c}): must be a finite number")
-        check_range(self, "margin", above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+        check_range(self, "margin", above=0.0, below=1.0, closed=True, closed_below=False)
         check_range(self, "gamma", above=0.0, closed=True)
         check_range(self, "power", above=0.0, closed=True)
 

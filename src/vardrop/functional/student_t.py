@@ -14,6 +14,8 @@ from vardrop.functional._dtype import aligned
 
 STEP = 0.5
 LARGEST_SECOND_MOMENT = 1e4
+LEAST_B = 1e-30
+"""Below it ``w^2 / b`` may pass what float32 holds."""
 
 
 def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Tensor | None = None) -> Tensor:
@@ -24,7 +26,7 @@ def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Ten
     a standard normal `draw` it is the unbiased one-sample estimate instead, for a hundredth of the time.
 
     Raises:
-        InvalidValueError: unless ``a > 0`` and ``b > 0``.
+        InvalidValueError: unless ``a > 0`` and ``b >= 1e-30``.
 
     Source: arXiv:1811.00596, appendix C.
 
@@ -32,9 +34,10 @@ def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Ten
     >>> F.student_t_kl(torch.tensor([0.0]), torch.tensor([0.0]), a=1.0, b=0.5)
     tensor([0.0744])
     """
-    for name, value in (("a", a), ("b", b)):
-        if not value > 0.0:
-            raise InvalidValueError(f"{name}={value}: the Student-t prior needs {name} > 0")
+    if not a > 0.0:
+        raise InvalidValueError(f"a={a}: the Student-t prior needs a > 0")
+    if not b >= LEAST_B:
+        raise InvalidValueError(f"b={b}: the quadrature needs b >= {LEAST_B:g}")
     mean, log_std = aligned(mean, log_std)
     if draw is None:
         log_shrink = _log_shrink(mean, log_std)

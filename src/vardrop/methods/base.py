@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from vardrop.errors import InvalidValueError
 from vardrop.noise import Layout, Noise, Place
 
 RuleName = Literal["log_alpha", "magnitude", "snr"]
+NUMBERS = {"int": (int, "a whole number"), "float": (int | float, "a number")}
+"""What a field annotated as a number may hold, and in words."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,21 @@ class GateMethod(Method):
 def _check_numbers(method: Method) -> None:
     for known in fields(method):
         value = getattr(method, known.name)
+        _check_number(method, known)
         if isinstance(value, float) and math.isnan(value):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): must be a number, not NaN")
         if isinstance(value, float) and math.isinf(value) and known.name.startswith("init_"):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): a first value must be finite")
+
+
+def _check_number(method: Method, field: Field[Any]) -> None:
+    """Raises where a `field` that is annotated as a number holds something else."""
+    value, kind = getattr(method, field.name), str(field.type).removesuffix(" | None")
+    if kind not in NUMBERS or value is None:
+        return
+    number, wanted = NUMBERS[kind]
+    if not isinstance(value, number) or isinstance(value, bool):
+        raise InvalidValueError(f"{type(method).__name__}({field.name}={value!r}): must be {wanted}")
 
 
 def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -217,13 +230,22 @@ def check_on(method: WeightMethod, on: str) -> None:
 
 
 def check_range(
-    method: Method, field: str, *, above: float = -math.inf, below: float = math.inf, closed: bool = False
+    method: Method,
+    field: str,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    closed: bool = False,
+    closed_below: bool | None = None,
 ) -> None:
-    """Raises unless ``above < value < below`` (with equality allowed if `closed`), naming method, field and value."""
-    value = getattr(method, field)
-    inside = above <= value <= below if closed else above < value < below
-    if not inside:
-        sign = "<=" if closed else "<"
+    """Raises unless ``above < value < below``, naming method, field and value.
+
+    Equality is allowed if `closed`, or only with `below` as `closed_below` says.
+    """
+    _check_number(method, next(known for known in fields(method) if known.name == field))
+    value, closed_below = getattr(method, field), closed if closed_below is None else closed_below
+    if not ((above <= value if closed else above < value) and (value <= below if closed_below else value < below)):
+        low, high = ("<=" if end else "<" for end in (closed, closed_below))
         raise InvalidValueError(
-            f"{type(method).__name__}({field}={value}): must satisfy {above:g} {sign} {field} {sign} {below:g}"
+            f"{type(method).__name__}({field}={value}): must satisfy {above:g} {low} {field} {high} {below:g}"
         )

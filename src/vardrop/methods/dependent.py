@@ -54,7 +54,7 @@ class DependentBetaBernoulli(GateMethod):
         super().__post_init__()
         for field in ("prior_std", "init_std", "temperature"):
             check_range(self, field, above=0.0)
-        check_range(self, "momentum", above=0.0, below=math.nextafter(1.0, 2.0))
+        check_range(self, "momentum", above=0.0, below=1.0, closed_below=True)
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         return DependentGate(

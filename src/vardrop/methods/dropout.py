@@ -52,7 +52,7 @@ class BernoulliDropout(Method):
     def __post_init__(self) -> None:
         for field in ("rate", "recurrent_rate"):
             if getattr(self, field) is not None:
-                check_range(self, field, above=0.0, below=math.nextafter(1.0, 0.0), closed=True)
+                check_range(self, field, above=0.0, below=1.0, closed=True, closed_below=False)
 
     def papers(self, parameter: str) -> tuple[Paper, ...]:
         recurrent = parameter.startswith(("weight_ih", "weight_hh"))

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vardrop import functional as F
+from vardrop.functional.student_t import LEAST_B
 from vardrop.methods.additive import AdditiveMethod
 from vardrop.methods.ard import ARD
 from vardrop.methods.base import Paper, RuleName, check_range
@@ -38,7 +39,7 @@ class StudentT(AdditiveMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "a", above=0.0)
-        check_range(self, "b", above=0.0)
+        check_range(self, "b", above=LEAST_B, closed=True, closed_below=False)
 
     def divergence(self, mean: Tensor, log_std: Tensor) -> Tensor:
         return F.student_t_kl(mean, log_std, self.a, self.b)

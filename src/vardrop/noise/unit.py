@@ -131,6 +131,8 @@ def worst_near(factors: Tensor, gradient: Tensor, budget: float, examples: int, 
     In each of the `examples` no more than the share `budget` of the entries changes, rounded down, and none that
     would lower the loss to first order (arXiv:1707.03631, algorithm 1).
     """
+    if not factors.numel():
+        return factors
     gain = torch.where(factors == 0.0, gradient, -gradient).reshape(examples, -1)
     best = gain.topk(int(budget * gain.shape[1]), dim=1, sorted=False)
     rows = factors.reshape(examples, -1)

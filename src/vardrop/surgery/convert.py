@@ -65,9 +65,11 @@ def convert(
     >>> [type(site.method).__name__ for site in vd.sites(net)]
     ['SparseVD', 'ARD']
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"model={model!r:.80}: must be a torch.nn.Module")
     given = method if isinstance(method, Mapping) else {"*": method}
     by_pattern = {pattern: _as_methods(pattern, value) for pattern, value in given.items()}
-    chosen = _choose(model, by_pattern, _as_patterns(include), _as_patterns(exclude))
+    chosen = _choose(model, by_pattern, _as_patterns(include, "include"), _as_patterns(exclude, "exclude"))
     if any(method.follows for methods in by_pattern.values() for method in methods):
         _advance(model, chosen)
     else:
@@ -196,9 +198,10 @@ def _check_ties(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> N
     for name, module in model.named_modules():
         for parameter in () if module in converted else module._parameters.values():
             if parameter is not None and parameter in first:
+                held = [first[parameter], *([name] if _is_one_layer(module) and name else [])]
                 raise ConversionError(
                     f"layer {first[parameter]!r} shares its weight with {name or type(module).__name__!r}, which stays "
-                    f"plain, so that what dies could not leave: leave both out, with exclude={first[parameter]!r}"
+                    f"plain, so that what dies could not leave: leave both out, with exclude={held}"
                 )
 
 
@@ -249,6 +252,7 @@ def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None
 
 def _as_methods(pattern: str, value: Choice) -> tuple[Method, ...]:
     """One or two methods, the one on weights first."""
+    _check_pattern(pattern, "method")
     methods = value if isinstance(value, tuple) else (value,)
     for method in methods:
         if not isinstance(method, Method):
@@ -273,7 +277,7 @@ def _placed(model: nn.Module, name: str, layer: nn.Module, method: Method) -> Me
     if tied:
         raise ConversionError(
             f"layer {name!r} shares its weight with {tied[0]!r}, so the multipliers of its units cannot be folded into "
-            f"it: leave it out with exclude={name!r}"
+            f"it: leave both out, with exclude={[name, *tied]}"
         )
     outputs = isinstance(method, GateMethod) and method.placed(cast(Tensor, layer.weight)) == "output"
     if not isinstance(method, GateMethod) or not outputs or _last(model) is not layer:
@@ -340,8 +344,16 @@ def _known(gated: bool) -> str:
     return ", ".join(kind.__name__ for kind in NOISY if takes_gates(kind) or not gated)
 
 
-def _as_patterns(patterns: Patterns | None) -> tuple[str, ...] | None:
-    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+def _as_patterns(patterns: Patterns | None, argument: str) -> tuple[str, ...] | None:
+    found = (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+    for pattern in found or ():
+        _check_pattern(pattern, argument)
+    return found
+
+
+def _check_pattern(pattern: Any, argument: str) -> None:
+    if not isinstance(pattern, str):
+        raise InvalidValueError(f"{argument}: {pattern!r} is no name pattern of layers, such as '0' or 'features.*'")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

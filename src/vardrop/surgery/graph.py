@@ -161,6 +161,12 @@ def read(
 def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mapping[str, str]]:
     """The operations of one pass, and the name of the parameter or buffer behind each placeholder."""
     try:
+        with torch.no_grad():
+            model(*arguments)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in arguments)
+        raise GraphError(f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}") from error
+    try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
             program = torch.export.export(model, arguments, strict=False)

@@ -148,10 +148,11 @@ def _mask(site: Site, threshold: float | None, on_empty: str) -> Tensor | None:
     scores = site.method.score(site.noise, site.weight)
     if scores is None:
         return None
-    if torch.isnan(scores).any() or not torch.isfinite(site.weight).all():
+    noise_is_nan = any(torch.isnan(parameter).any() for parameter in site.noise.parameters())
+    if noise_is_nan or torch.isnan(scores).any() or not torch.isfinite(site.weight).all():
         raise InvalidValueError(f"layer {site.name!r}: its weights or noise are not finite, so no rule can judge them")
     cutoff = site.method.cutoff(threshold)
-    if not (scores >= cutoff).any():
+    if scores.numel() and not (scores >= cutoff).any():
         dead = f"all {scores.numel()} {site.counts} are dead by the rule of {site.method}"
         _complain(f"layer {site.name!r}: {dead}", on_empty)
     return _living(scores, cutoff)
@@ -161,8 +162,14 @@ def _living(scores: Tensor, cutoff: float) -> Tensor:
     """What reaches the cutoff; the best one where nothing does."""
     mask = scores >= cutoff
     if not mask.any():
-        mask.view(-1)[scores.argmax()] = True
+        _revive_best(mask, scores)
     return mask
+
+
+def _revive_best(mask: Tensor, scores: Tensor) -> None:
+    """Marks the element of the highest score as alive, if there is any element."""
+    if scores.numel():
+        mask[torch.unravel_index(scores.argmax(), mask.shape)] = True
 
 
 def _spare_the_last(masks: Mapping[Site, Tensor | None]) -> list[str]:
@@ -180,7 +187,7 @@ def _spare_the_last(masks: Mapping[Site, Tensor | None]) -> list[str]:
             continue
         open_ = gate.noise.on_weights(units, site.weight)
         if not (mask & open_).any():
-            mask.view(-1)[scores.masked_fill(~open_, -math.inf).argmax()] = True
+            _revive_best(mask, scores.masked_fill(~open_, -math.inf))
             spared.append(site.name)
     return spared
 

@@ -132,6 +132,8 @@ def why_whole(method: Method) -> str | None:
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raises unless `optimizer` trains `model` and keeps state that can be cut."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidValueError(f"optimizer={optimizer!r:.80}: must be the torch.optim.Optimizer that trains the model")
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if names.keys().isdisjoint(trained):

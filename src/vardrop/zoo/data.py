@@ -190,12 +190,16 @@ def _own_splits(spec: str) -> tuple[Split, Split]:
         raise DataError(
             f"{spec!r} must return ((x_train, y_train), (x_test, y_test)), not {type(given).__name__}"
         ) from None
-    return _own_split(x_train, y_train), _own_split(x_test, y_test)
+    return _own_split(spec, x_train, y_train), _own_split(spec, x_test, y_test)
 
 
-def _own_split(x: Any, y: Any) -> Split:
-    x = torch.as_tensor(x)
-    return Split(x if x.dtype == torch.int64 else x.float(), torch.as_tensor(y).long())
+def _own_split(spec: str, x: Any, y: Any) -> Split:
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    labels = y.long()
+    broken = y[labels != y]
+    if broken.numel():
+        raise DataError(f"{spec!r} returned a label {float(broken[0]):g}: labels must be whole numbers, the classes")
+    return Split(x if x.dtype == torch.int64 else x.float(), labels)
 
 
 def _digits() -> tuple[Split, Split]:
