@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError, MissingExtraError
 from vardrop.export import export_onnx
-from vardrop.io import save, size_on_disk
+from vardrop.files import size_on_disk
+from vardrop.io import save
 from vardrop.measure import Candidate, Inputs, authors_flops, count_nonzero, count_parameters, flops, latencies
 from vardrop.surgery.convert import strip
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vardrop.checkpoint import Epoch
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
-from vardrop.files import PART, replace_file
-from vardrop.io import load_weights, methods_by_layer, save, size_on_disk
+from vardrop.files import PART, replace_file, size_on_disk
+from vardrop.io import load_weights, methods_by_layer, save
 from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
 from vardrop.methods import Method
 from vardrop.sites import folded, sites

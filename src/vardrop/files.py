@@ -33,3 +33,21 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def size_on_disk(folder: str | Path) -> int:
+    """Bytes of all files in `folder`.
+
+    Raises:
+        StorageError: there is no such folder.
+
+    >>> import tempfile, pathlib
+    >>> from vardrop.files import size_on_disk
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "five").write_text("bytes")
+    >>> size_on_disk(folder)
+    5
+    """
+    if not Path(folder).is_dir():
+        raise StorageError(f"{folder} is not a folder, so it has no size on disk")
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

@@ -212,24 +212,6 @@ def is_model_folder(folder: Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} == {TENSORS, RECORD}
 
 
-def size_on_disk(folder: str | Path) -> int:
-    """Bytes of all files in `folder`.
-
-    Raises:
-        StorageError: there is no such folder.
-
-    >>> import tempfile, pathlib
-    >>> from vardrop.io import size_on_disk
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> _ = (folder / "five").write_text("bytes")
-    >>> size_on_disk(folder)
-    5
-    """
-    if not Path(folder).is_dir():
-        raise StorageError(f"{folder} is not a folder, so it has no size on disk")
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def methods_by_layer(model: nn.Module) -> dict[str, tuple[Method, ...]]:
     """The methods of every noisy layer, each once, also where two layers share one noise."""
     found = {

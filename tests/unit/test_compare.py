@@ -11,7 +11,7 @@ from torch import nn
 import vardrop as vd
 from vardrop.compare import Figure, Measured, onnx_call
 from vardrop.errors import InvalidValueError, MissingExtraError
-from vardrop.io import size_on_disk
+from vardrop.files import size_on_disk
 from vardrop.measure import authors_flops, flops
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
-from vardrop import io
+from vardrop import files, io
 from vardrop.errors import ConversionError, InvalidValueError, StorageError
 from vardrop.measure import count_nonzero, count_parameters, flops, latencies
 
@@ -55,7 +55,7 @@ def test_csr_is_taken_only_where_it_is_smaller(tmp_path):
         net[0].weight[torch.rand(200, 300) < 0.97] = 0
     vd.save(net, tmp_path / "dense")
     vd.save(net, tmp_path / "sparse", sparse=True)
-    assert io.size_on_disk(tmp_path / "sparse") < 0.2 * io.size_on_disk(tmp_path / "dense")
+    assert files.size_on_disk(tmp_path / "sparse") < 0.2 * files.size_on_disk(tmp_path / "dense")
     loaded = vd.load(tmp_path / "sparse", lambda: nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 3)))
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
 
@@ -80,7 +80,7 @@ def test_tied_tensors_are_stored_once(tmp_path):
 
     net = tied()
     vd.save(net, tmp_path / "tied")
-    assert io.size_on_disk(tmp_path / "tied") < 2 * 4 * 2500
+    assert files.size_on_disk(tmp_path / "tied") < 2 * 4 * 2500
     assert torch.equal(vd.load(tmp_path / "tied", tied)[1].weight, net[0].weight)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vardrop as vd
-from vardrop import io
+from vardrop import files, io
 
 CUT = {
     "linear": (lambda: nn.Linear(3, 2), lambda: nn.Linear(6, 5), (4, 3)),
@@ -225,7 +225,7 @@ def test_csr_takes_a_zero_of_either_sign_for_a_zero(tmp_path):
     assert layer.weight.signbit().any()
     loaded = round_trip(layer, lambda: nn.Linear(200, 50, bias=False), tmp_path, sparse=True)
     assert torch.equal(loaded.weight, layer.weight)
-    assert io.size_on_disk(tmp_path / "stored") < 2000
+    assert files.size_on_disk(tmp_path / "stored") < 2000
 
 
 @pytest.mark.parametrize(("alive", "sparse"), [(0, True), (1579, True), (1580, False), (2000, False)])

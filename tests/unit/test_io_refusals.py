@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vardrop as vd
-from vardrop import io
+from vardrop import files, io
 from vardrop.errors import InvalidValueError, StorageError
 
 
@@ -244,6 +244,6 @@ def test_both_files_may_be_read_by_the_same_people(stored):
 
 
 def test_size_on_disk_counts_bytes_and_needs_a_folder(stored):
-    assert io.size_on_disk(stored) == sum(len(content) for content in contents(stored).values())
+    assert files.size_on_disk(stored) == sum(len(content) for content in contents(stored).values())
     with pytest.raises(StorageError, match="is not a folder, so it has no size on disk"):
-        io.size_on_disk(stored / "nowhere")
+        files.size_on_disk(stored / "nowhere")
