@@ -16,7 +16,7 @@ from test_cli import vardrop
 
 from vardrop.errors import ApartError, DataError, StorageError, TrainingError, VardropError
 from vardrop.tables import Cell, Found, load_tables, runner
-from vardrop.tables.command import reproduce
+from vardrop.tables.command import _storing, reproduce
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
 from vardrop.tables.store import CELL, left_to_run, record_of
 
@@ -149,6 +149,14 @@ def test_a_stored_record_that_is_damaged_is_not_run_again_and_stops_nothing_else
     )
     assert set(failed) == {"own/pruning/full-seed-0", "own"} and "not a readable record" in failed["own"]
     assert pruning.read_text() == "{" and dbb.exists() and plain.read_text() == stored
+
+
+def test_a_store_that_cannot_be_written_is_told(made, tmp_path):
+    root, _, _ = made
+    (tmp_path / "results").write_text("no folder")
+    watch = _storing(Watch(), Options(root / "out"), tmp_path / "results")
+    with pytest.raises(StorageError, match="could not be written"):
+        watch.on_end(cell_of(root / "own", "Plain"), "")
 
 
 def test_a_record_that_lacks_a_figure_does_not_hide_a_whole_one():

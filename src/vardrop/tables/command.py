@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +84,16 @@ def _storing(watch: Watch, options: Options, store: Path | None) -> Watch:
         return watch
 
     def on_end(cell: Cell, reason: str) -> None:
-        with suppress(StorageError):
-            if not reason and not is_kept(cell, store):
-                keep(cell, record_of(cell, options.folder) or {}, store)
+        if not reason and _is_missing(cell, store):
+            keep(cell, record_of(cell, options.folder) or {}, store)
         watch.on_end(cell, reason)
 
     return replace(watch, on_end=on_end)
+
+
+def _is_missing(cell: Cell, store: Path) -> bool:
+    """Whether `store` is to get a record of `cell`; one of no use is not replaced."""
+    try:
+        return not is_kept(cell, store)
+    except StorageError:
+        return False
