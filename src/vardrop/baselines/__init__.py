@@ -5,14 +5,17 @@ from vardrop.baselines.magnitude import MagnitudePruning as MagnitudePruning
 from vardrop.baselines.sharing import SoftWeightSharing as SoftWeightSharing
 from vardrop.baselines.structured import StructuredSparsityLearning as StructuredSparsityLearning
 from vardrop.baselines.surgery import DynamicNetworkSurgery as DynamicNetworkSurgery
-from vardrop.methods.base import Method
+from vardrop.methods.base import Listing
 
 
-def baselines() -> dict[str, type[Method]]:
-    """Every baseline by its name on the command line.
+def baselines() -> Listing:
+    """Every baseline by its name on the command line, printed with one line each.
 
     >>> vd.baselines()["magnitude-pruning"]
     <class 'vardrop.baselines.magnitude.MagnitudePruning'>
+    >>> print(vd.baselines())
+    adversarial-dropout           Adversarial dropout: Bernoulli dropout, and again with the worst mask near ...
+    magnitude-pruning             Magnitude pruning: train, drop the smallest weights of each layer, train the ...
+    ...
     """
-    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, Method)]
-    return {cls.command_name(): cls for cls in found if cls is not Method}
+    return Listing.of(globals())

@@ -1,6 +1,7 @@
 """The methods: one file and one export line each."""
 
 from vardrop.methods.ard import ARD as ARD
+from vardrop.methods.base import Listing
 from vardrop.methods.base import Method as Method
 from vardrop.methods.beta_bernoulli import BetaBernoulli as BetaBernoulli
 from vardrop.methods.concrete import ConcreteDropout as ConcreteDropout
@@ -17,11 +18,10 @@ from vardrop.methods.variational import VariationalDropout as VariationalDropout
 from vardrop.methods.vbd import VBD as VBD
 
 
-def methods() -> dict[str, type[Method]]:
-    """Every method by its name on the command line.
+def methods() -> Listing:
+    """Every method by its name on the command line, printed with one line each; see :func:`vardrop.baselines`.
 
     >>> vd.methods()["sparse-vd"]
     <class 'vardrop.methods.sparse_vd.SparseVD'>
     """
-    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, Method)]
-    return {cls.command_name(): cls for cls in found if cls is not Method}
+    return Listing.of(globals())

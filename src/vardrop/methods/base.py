@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -249,3 +250,17 @@ def check_range(
         raise InvalidValueError(
             f"{type(method).__name__}({field}={value}): must satisfy {above:g} {low} {field} {high} {below:g}"
         )
+
+
+class Listing(dict[str, type[Method]]):
+    """Methods by their names on the command line; printed with one line each."""
+
+    @classmethod
+    def of(cls, room: Mapping[str, Any]) -> Listing:
+        """The methods among the names of a package."""
+        found = [value for value in room.values() if isinstance(value, type) and issubclass(value, Method)]
+        return cls({method.command_name(): method for method in found if method is not Method})
+
+    def __repr__(self) -> str:
+        widest = max(map(len, self))
+        return "\n".join(f"{name:{widest}}  {method.one_line()}" for name, method in self.items())
