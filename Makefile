@@ -20,8 +20,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# A process a core, each with one thread: small tensors gain nothing from more.
 tests: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
