@@ -25,10 +25,10 @@ def draw() -> Figure:
         axis = figure.add_subplot(1, len(TABLES), place)
         for index, row in enumerate(tables[name].rows.values()):
             colour = f"C{index}"
-            axis.plot(100.0 / row.paper["speedup_flops"], row.paper["error"], "s", mfc="none", c=colour, label=row.name)
+            axis.plot(100.0 / row.paper["bb_speedup"], row.paper["error"], "s", mfc="none", c=colour, label=row.name)
             for budget, marker in MARKERS.items():
                 for record in stored.of(row.runs[""], budget).values():
-                    speedup, error = (FIGURES[key].read(record) for key in ("speedup_flops", "error"))
+                    speedup, error = (FIGURES[key].read(record) for key in ("bb_speedup", "error"))
                     if speedup is not None:
                         axis.plot(100.0 / speedup, error, marker, c=colour)
         axis.set_xscale("log")

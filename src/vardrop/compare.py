@@ -16,7 +16,7 @@ from vardrop.errors import InvalidValueError, MissingExtraError
 from vardrop.export import export_onnx
 from vardrop.files import size_on_disk
 from vardrop.io import save
-from vardrop.measure import Candidate, Inputs, authors_flops, count_nonzero, count_parameters, flops, latencies
+from vardrop.measure import Candidate, Inputs, count_nonzero, count_parameters, flops, latencies
 from vardrop.surgery.convert import strip
 
 Engine = Literal["torch", "onnxruntime"]
@@ -93,8 +93,6 @@ def measure(
     - ``bytes``: the folder that :func:`vardrop.save` writes with ``sparse=True``.
     - ``flops``: of one example, as :func:`vardrop.measure.flops` counts: dense matrix products and convolutions, a
       multiplication and an addition apart.
-    - ``authors_flops``: the same as arXiv:1805.10896 counts (:func:`vardrop.measure.authors_flops`), left out where
-      that rule does not cover the layers.
     - ``seconds, ENGINE, batch N, threads T``: the median of `repeats` calls in eval mode; the two nets are called in
       turns, so that a slow moment of the machine hits both.
 
@@ -152,16 +150,12 @@ def _check(
 
 
 def _sizes(nets: dict[str, nn.Module], example: tuple[Tensor, ...]) -> list[Figure]:
-    found = [
+    return [
         _figure("parameters", nets, count_parameters),
         _figure("nonzero", nets, count_nonzero),
         _figure("bytes", nets, _bytes),
         _figure("flops", nets, lambda net: flops(net, example)),
     ]
-    try:
-        return [*found, _figure("authors_flops", nets, lambda net: authors_flops(net, example))]
-    except InvalidValueError:
-        return found
 
 
 def _figure(name: str, nets: dict[str, nn.Module], of: Callable[[nn.Module], float]) -> Figure:

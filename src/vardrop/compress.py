@@ -278,7 +278,6 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
         "units": living_units(small),
         "open_units": open_units(small, data.test.x),
         "largest_difference": _largest_difference(net, small, data.test.x),
-        "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
     }
     result = {
         "format": RUN_FORMAT,

@@ -22,7 +22,6 @@ from vardrop.sites import Site, folded, sites, tensor_of
 Inputs = Tensor | tuple[Tensor, ...]
 Candidate = nn.Module | Callable[[], object]
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-RULE_COVERS = "linear layers and convolutions"
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -114,53 +113,6 @@ def flops(model: nn.Module, example_inputs: Inputs) -> int:
     with torch.no_grad(), _eval([model]), _in_plain_operations(), counter:
         model(*_as_tuple(example_inputs))
     return int(counter.get_total_flops())
-
-
-def authors_flops(model: nn.Module, example_inputs: Inputs) -> int:
-    """Floating-point operations of one pass as arXiv:1805.10896 counts them: products, sums, biases, activations.
-
-    A layer of `I` inputs and `O` outputs takes ``(2 I - 1) O + O + O``, the last two for a bias, where it has one, and
-    for an activation, which the last layer has not; a convolution takes this at each position, with `I` its channels
-    times its taps. An input-dependent gate on `K` units takes ``5 K``, on `K` channels of `P` positions
-    ``(2 P + 4) K``.
-
-    Raises:
-        InvalidValueError: the rule does not cover a layer: it knows linear layers and convolutions.
-
-    Source: arXiv:1805.10896, the authors' code.
-
-    >>> from vardrop.measure import authors_flops
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-    >>> authors_flops(net, torch.ones(1, 4))  # (7 + 2) 3 + (5 + 1) 2
-    39
-    """
-    counts: list[int] = []
-    last = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal last
-        if isinstance(layer, InputGate):
-            examples, units = output.shape[0], layer.scale.numel()
-            positions = output.numel() // (examples * units)
-            counts.append(examples * units * (5 if layer.scale.dim() == 1 else 2 * positions + 4))
-        else:
-            last = output.numel()
-            products = 2 * cast(Tensor, layer.weight)[0].numel() - 1
-            counts.append(last * (products + (layer.bias is not None) + 1))
-
-    counted = [module for module in model.modules() if isinstance(module, (*COUNTED, InputGate))]
-    covered = {parameter for module in counted for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and parameter not in covered:
-            raise InvalidValueError(f"{name} of shape {tuple(parameter.shape)}: the rule counts {RULE_COVERS} alone")
-    handles = [module.register_forward_hook(count) for module in counted]
-    try:
-        with torch.no_grad(), _eval([model]):
-            model(*_as_tuple(example_inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(counts) - last
 
 
 def latency(

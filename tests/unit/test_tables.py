@@ -2,16 +2,12 @@
 
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import vardrop as vd
 from vardrop.errors import InvalidValueError, StorageError
-from vardrop.measure import authors_flops
 from vardrop.tables import Cell, Found, find_run, found_in, load_tables, stored_in
 from vardrop.tables.figures import FIGURES, Joined, join, mark
 from vardrop.tables.page import contents, lines_of, markdown, page, verdicts
@@ -126,7 +122,7 @@ def test_the_tables_are_those_of_five_papers_and_every_row_has_figures_and_a_run
 def test_a_row_that_two_tables_share_is_run_once_and_measured_for_both():
     shared = find_run("vbd-5-conv", "VD")
     assert shared is not find_run("svd-mnist-conv", "Sparse VD") and shared == find_run("svd-mnist-conv", "Sparse VD")
-    assert shared.needs == {"sizes", "times"}
+    assert shared.needs == {"times"}
     places = [cell.place for cell in cells_of(list(TABLES.values()), "full", 1)]
     assert len(places) == len(set(places))
 
@@ -341,6 +337,7 @@ def test_the_contents_count_rows_and_claims_and_lead_to_each_table(tmp_path):
 
 def test_figures_are_read_where_a_run_keeps_them():
     run = {
+        "config": {"net": "lenet-500-300"},
         "num_data": 10,
         "layers": {"1": 100, "3": 50},
         "history": [{"train_nll": 9.0, "kl": 9.0}, {"train_nll": 2.0, "kl": 3.0}],
@@ -355,8 +352,7 @@ def test_figures_are_read_where_a_run_keeps_them():
             "units": "",
             "compression": 5.0,
         },
-        "compacted": {"units": [4, 3]},
-        "sizes": {"authors_flops": {"original": 80, "small": 20}, "parameters": {"ratio": 8.0}},
+        "compacted": {"units": [4, 3, 2]},
         "times": {"seconds, torch, batch 128, threads 1": {"ratio": 2.0}},
         "ensemble": {"1": {"error": 0.2}, "20": {"error": 0.1}},
     }
@@ -365,11 +361,12 @@ def test_figures_are_read_where_a_run_keeps_them():
         "compression": 5.0,
         "sparsity_per_layer": (90.0, 60.0),
         "sparsity": 80.0,
-        "units": (4.0, 3.0),
+        "units": (4.0, 3.0, 2.0),
         "speedup_cpu": 2.0,
         "speedup_gpu": None,
-        "speedup_flops": 4.0,
-        "memory": 12.5,
+        "speedup_flops": 545_000 / 38,
+        "bb_speedup": 546_610 / (38 + 2 * 5 + 10),
+        "bb_memory": 100 * (38 + 15) / 545_810,
         "train_accuracy": 25.0,
         "test_accuracy": 50.0,
         "test_mse": None,
@@ -385,36 +382,19 @@ def test_figures_are_read_where_a_run_keeps_them():
         assert FIGURES[name].read(run) == pytest.approx(value), name
     gated = {**run, "pruned": {**run["pruned"], "units": "7-5"}}
     assert FIGURES["units"].read(gated) == (7.0, 5.0)
+    assert FIGURES["bb_memory"].read(gated) is None
+    assert FIGURES["speedup_flops"].read({**run, "config": {"net": "mlp-100"}}) is None
 
 
-def test_the_flops_behind_gates_that_depend_on_their_input_are_those_of_an_average_one():
-    """arXiv:1805.10896, table 2, LeNet-500-300: BB leaves 294-110-71, of which DBB opens 106-56-46."""
-
-    def dense(*widths):
-        return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
-
-    net = vd.convert(vd.convert(dense(294, 110, 71, 10), vd.BetaBernoulli()), vd.DependentBetaBernoulli())
-    small = vd.strip(net).eval()
+def test_behind_gates_that_depend_on_their_input_an_average_one_is_counted():
     record = {
-        "config": {"method": {"name": "dependent-beta-bernoulli", "place": "auto"}},
-        "compacted": {
-            "open_units": [106, 56, 46],
-            "shapes": {name: list(value.shape) for name, value in small.named_parameters()},
-        },
-        "sizes": {
-            "authors_flops": {
-                "original": authors_flops(dense(784, 500, 300, 10), torch.zeros(1, 784)),
-                "small": authors_flops(small, torch.zeros(1, 294)),
-            }
-        },
+        "config": {"net": "lenet-500-300"},
+        "pruned": {"units": "294-110-71"},
+        "compacted": {"open_units": [106, 29, 32]},
     }
-    # a layer computes all its units that are ever on from the inputs that are open; a gate on K units takes 5 K
-    layers = (2 * 106 + 1) * 110 + (2 * 56 + 1) * 71 + 2 * 46 * 10
-    speedup = FIGURES["speedup_flops"].read(record)
-    assert speedup == pytest.approx(1_090_800 / (layers + 5 * (294 + 110 + 71)))
-    assert speedup == pytest.approx(33.51, rel=0.08)  # the paper's
-    record["config"]["method"]["place"] = "output"
-    assert FIGURES["speedup_flops"].read(record) < speedup / 2
+    layers = (106 + 2) * 110 + (29 + 2) * 71 + (32 + 1) * 10
+    assert FIGURES["units"].read(record) == (106, 29, 32)
+    assert FIGURES["bb_speedup"].read(record) == pytest.approx(546_610 / (layers + 4 * (294 + 110 + 71)))
 
 
 def test_a_record_of_another_recipe_or_a_damaged_one_is_refused_and_one_that_lacks_a_figure_is_not_finished(tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
+from vardrop.tables.counting import Rule, layout_of, multiplications, numbers, operations
+
 Value = float | tuple[float, ...]
-Need = Literal["sizes", "times", "ensemble"]
+Need = Literal["times", "ensemble"]
 DASH = "—"
 TIMED_BATCH, TIMED_THREADS = 128, 1
 TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
@@ -117,9 +120,13 @@ def _sparsity(record: Mapping[str, Any]) -> Value | None:
     return tuple(100.0 * (1.0 - alive[name] / total) for name, total in record["layers"].items())
 
 
-def _units(record: Mapping[str, Any]) -> Value | None:
-    if record["compacted"].get("open_units"):
-        return tuple(map(float, record["compacted"]["open_units"]))
+def _opened(record: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Units that gates which depend on their input leave open for an average example."""
+    opened = record["compacted"].get("open_units")
+    return tuple(map(float, opened)) if opened else None
+
+
+def _alive(record: Mapping[str, Any]) -> tuple[float, ...] | None:
     if record["pruned"].get("units"):
         return tuple(float(part) for part in record["pruned"]["units"].split("-"))
     units = record["compacted"].get("units")
@@ -151,35 +158,23 @@ def _elbo(record: Mapping[str, Any]) -> Value | None:
     return -float(history[-1]["train_nll"] * record["num_data"] + history[-1]["kl"])
 
 
-def _ratio(need: Need, name: str, kind: Literal["saved", "left"]) -> Callable[[Mapping[str, Any]], Value | None]:
-    def read(record: Mapping[str, Any]) -> Value | None:
-        found = record.get(need, {}).get(name)
-        if found is None or not found["ratio"]:
-            return None
-        return float(found["ratio"] if kind == "saved" else 100.0 / found["ratio"])
-
-    return read
+def _time_saved(record: Mapping[str, Any]) -> Value | None:
+    found = record.get("times", {}).get(TIMED)
+    return None if found is None or not found["ratio"] else float(found["ratio"])
 
 
-def _flops_saved(record: Mapping[str, Any]) -> Value | None:
-    """The ratio as arXiv:1805.10896 counts, with the inputs that gates leave open for an average example."""
-    found = record.get("sizes", {}).get("authors_flops")
-    if found is None or not found["small"]:
+def _shrinkage(rule: Rule, record: Mapping[str, Any]) -> float | None:
+    """What `rule` counts in the original net, over what it counts in the small one."""
+    layout, units = layout_of(record["config"]["net"]), _alive(record)
+    if layout is None or units is None or len(units) != len(layout.units):
         return None
-    return float(found["original"] / (found["small"] - _closed_flops(record)))
+    left = rule(layout, units, _opened(record))
+    return rule(layout, layout.units, None) / left if left else None
 
 
-def _closed_flops(record: Mapping[str, Any]) -> float:
-    """Products and sums of dense layers with inputs that their gate shuts for an average example."""
-    compacted = record["compacted"]
-    shapes = compacted.get("shapes", {})
-    gated = [name.removesuffix(".gate.scale") for name in shapes if name.endswith(".gate.scale")]
-    saved = 0.0
-    for layer, left_open in zip(gated, compacted.get("open_units") or (), strict=False):
-        weight, (units, *_) = shapes[f"{layer}.weight"], shapes[f"{layer}.gate.scale"]
-        if len(weight) == 2 and record["config"]["method"].get("place", "auto") != "output":
-            saved += 2.0 * (units - left_open) * weight[0]
-    return saved
+def _memory(record: Mapping[str, Any]) -> Value | None:
+    shrinkage = _shrinkage(numbers, record)
+    return None if shrinkage is None else 100.0 / shrinkage
 
 
 FIGURES = {
@@ -192,11 +187,12 @@ FIGURES = {
         1,
         "higher",
     ),
-    "units": Figure("units per layer", _units, 0, "lower", counts=True),
-    "speedup_cpu": Figure("speed-up, CPU", _ratio("times", TIMED, "saved"), 2, "higher", "times"),
+    "units": Figure("units per layer", lambda record: _opened(record) or _alive(record), 0, "lower", counts=True),
+    "speedup_cpu": Figure("speed-up, CPU", _time_saved, 2, "higher", "times"),
     "speedup_gpu": Figure("speed-up, GPU", lambda record: None, 2, "higher"),
-    "speedup_flops": Figure("speed-up, FLOPs", _flops_saved, 2, "higher", "sizes"),
-    "memory": Figure("memory, %", _ratio("sizes", "parameters", "left"), 2, "lower", "sizes"),
+    "speedup_flops": Figure("speed-up, FLOPs", partial(_shrinkage, multiplications), 2, "higher"),
+    "bb_speedup": Figure("speed-up, FLOPs", partial(_shrinkage, operations), 2, "higher"),
+    "bb_memory": Figure("memory, %", _memory, 2, "lower"),
     "train_accuracy": Figure("training accuracy, %", _accuracy("pruned", "train_error"), 0),
     "test_accuracy": Figure("test accuracy, %", _accuracy("pruned", "error"), 0),
     "test_mse": Figure("test MSE", lambda record: None, 4, "lower"),

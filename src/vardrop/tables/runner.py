@@ -175,27 +175,25 @@ def _keep_figures(cell: Cell, options: Options) -> None:
     place = options.folder / cell.place
     record = read_run(place)
     check_recipe(cell, record, place)
-    if cell.run.needs & {"sizes", "times"}:
-        record |= _measured(cell, place, options)
+    if "times" in cell.run.needs:
+        record["times"] = _times(place, options)
     if "ensemble" in cell.run.needs:
         ways = evaluate(place, data_root=options.data_root, samples=DRAWS)["rows"]
         record["ensemble"] = {"1": ways["one draw"], str(DRAWS): ways[f"ensemble of {DRAWS} draws"]}
     replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
 
 
-def _measured(cell: Cell, place: Path, options: Options) -> dict[str, dict[str, Any]]:
-    """Sizes of the small net beside the original, and times where a table asks for them."""
-    timed = "times" in cell.run.needs
+def _times(place: Path, options: Options) -> dict[str, Any]:
+    """Latency of the small net beside the original's."""
     found = measure_run(
         place,
         data_root=options.data_root,
         repeats=REPEATS,
         onnx=False,
-        batch_sizes=(TIMED_BATCH,) if timed else (),
+        batch_sizes=(TIMED_BATCH,),
         threads=(TIMED_THREADS,),
     ).record
-    times = {name: found.pop(name) for name in list(found) if name.startswith("seconds")}
-    return {"sizes": found, "times": times} if timed else {"sizes": found}
+    return {name: figure for name, figure in found.items() if name.startswith("seconds")}
 
 
 def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = None) -> Outcome:
