@@ -20,7 +20,8 @@ class AdditiveMethod(WeightMethod):
         init_log_std: first value of log std.
         init_spread: standard deviation of the first values around it.
         train_clip: leave the means of weights that are dead by log alpha out of the noisy pass, their noise stays;
-            the authors of sparse VD did so on MNIST, and it is what makes their nets so sparse.
+            the authors of sparse VD did so on MNIST (in convolutions the noise went too), and it is what makes their
+            nets so sparse.
     """
 
     kl_is_short: ClassVar[bool] = True
