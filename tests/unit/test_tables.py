@@ -380,9 +380,11 @@ def test_figures_are_read_where_a_run_keeps_them():
     assert set(expected) == set(FIGURES)
     for name, value in expected.items():
         assert FIGURES[name].read(run) == pytest.approx(value), name
-    gated = {**run, "pruned": {**run["pruned"], "units": "7-5"}}
-    assert FIGURES["units"].read(gated) == (7.0, 5.0)
-    assert FIGURES["bb_memory"].read(gated) is None
+    gated = {**run, "pruned": {**run["pruned"], "units": "7-5-3"}}
+    assert FIGURES["units"].read(gated) == (7.0, 5.0, 3.0)
+    in_part = {**run, "pruned": {**run["pruned"], "units": "7-5"}}
+    assert FIGURES["units"].read(in_part) == (4.0, 3.0, 2.0)
+    assert FIGURES["bb_memory"].read({**run, "compacted": {"units": [4, 3]}}) is None
     assert FIGURES["speedup_flops"].read({**run, "config": {"net": "mlp-100"}}) is None
 
 

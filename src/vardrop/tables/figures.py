@@ -127,9 +127,11 @@ def _opened(record: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 
 def _alive(record: Mapping[str, Any]) -> tuple[float, ...] | None:
-    if record["pruned"].get("units"):
-        return tuple(float(part) for part in record["pruned"]["units"].split("-"))
+    """Units left of all layers: as the method counts them, where it acts on every layer."""
     units = record["compacted"].get("units")
+    marked = [float(part) for part in (record["pruned"].get("units") or "").split("-") if part]
+    if marked and len(marked) == len(units or marked):
+        return tuple(marked)
     return None if units is None else tuple(map(float, units))
 
 
