@@ -62,14 +62,16 @@ class noise:
             module.on, module.generator = on, generator
 
 
-def predict(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None) -> Tensor:
+def predict(
+    model: nn.Module, x: Tensor | tuple[Any, ...], *, samples: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
     """Mean class probabilities over `samples` draws of the noise; batch-norm and plain dropout in eval mode.
 
     Probabilities are averaged, not logits. The model's mode and noise switch are as before afterwards.
 
     Args:
         model: returns logits ``(N, classes, *)``.
-        x: one batch of inputs.
+        x: one batch of inputs, or a tuple with the arguments of the model's forward.
         samples: number of draws, above 0.
         generator: source of the draws.
 
@@ -95,7 +97,9 @@ def _probabilities(logits: Tensor) -> Tensor:
     return torch.softmax(at_least_float32(logits), dim=2)
 
 
-def draws(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Generator | None = None) -> Tensor:
+def draws(
+    model: nn.Module, x: Tensor | tuple[Any, ...], *, samples: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
     """What `model` returns for `samples` independent draws of its noise: ``(samples, N, *)``, without gradients.
 
     As in :func:`predict`, all but the noise is in eval mode. The measures of :mod:`vardrop.uncertainty` take the log
@@ -103,7 +107,7 @@ def draws(model: nn.Module, x: Tensor, *, samples: int = 20, generator: torch.Ge
 
     Args:
         model: returns a tensor ``(N, *)``.
-        x: one batch of inputs.
+        x: one batch of inputs, or a tuple with the arguments of the model's forward.
         samples: number of draws, above 0.
         generator: source of the draws.
 
@@ -131,7 +135,7 @@ def _noisy_eval(model: nn.Module, generator: torch.Generator | None) -> Iterator
             module.training = training
 
 
-def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
+def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iterator[Tensor]:
     """Independent draws of the output, ``(some, N, *)`` at a time, `samples` in all.
 
     The first is a plain call, which also tells how many fit into one pass. The others run under ``vmap``, in which
@@ -140,7 +144,8 @@ def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
     """
     if not isinstance(samples, int) or samples < 1:
         raise InvalidValueError(f"samples={samples}: must be a whole number, at least 1")
-    first, size = _first_pass(model, x)
+    inputs = x if isinstance(x, tuple) else (x,)
+    first, size = _first_pass(model, inputs)
     if not isinstance(first, Tensor):
         raise InvalidValueError(
             f"the model returns a {type(first).__name__}: must return a tensor; wrap it in a module that picks one"
@@ -149,25 +154,25 @@ def _passes(model: nn.Module, x: Tensor, samples: int) -> Iterator[Tensor]:
     left = samples - 1
     some = 1 if _is_watched(model) else min(left, LARGEST_PASS // size)
     while left > 0:
-        together = _together(model, x, min(some, left)) if some > 1 else None
+        together = _together(model, inputs, min(some, left)) if some > 1 else None
         if together is None:
             some = 1
-            together = model(x)[None]
+            together = model(*inputs)[None]
         yield together
         left -= len(together)
 
 
-def _first_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+def _first_pass(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, int]:
     """The output, and the elements of the largest tensor that a draw has of its own, as far as layers tell."""
     sizes = [1, *(site.weight.numel() for site in sites(model) if _draws_whole_weight(site))]
 
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        sizes.extend(value.numel() for value in (*inputs, output) if isinstance(value, Tensor))
+    def record(module: nn.Module, given: Any, output: Any) -> None:
+        sizes.extend(value.numel() for value in (*given, output) if isinstance(value, Tensor))
 
     layers = (module for module in model.modules() if not isinstance(module, Noise))
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
-        return model(x), max(sizes)
+        return model(*inputs), max(sizes)
     finally:
         for handle in handles:
             handle.remove()
@@ -185,7 +190,7 @@ def _draws_whole_weight(site: Site) -> bool:
     return site.counts == "weights" and not (local and isinstance(site.layer, LOCAL_LAYERS))
 
 
-def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
+def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor | None:
     """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model.
 
     It cannot follow one that keeps what it computes: then the model is given back as it was.
@@ -194,7 +199,7 @@ def _together(model: nn.Module, x: Tensor, samples: int) -> Tensor | None:
     found: Tensor | None
     try:
         with batched(model):
-            each = torch.func.vmap(lambda _: model(x), randomness="different")
+            each = torch.func.vmap(lambda _: model(*inputs), randomness="different")
             found = each(torch.empty(samples))
     except RuntimeError:
         found = None

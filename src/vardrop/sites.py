@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
 from vardrop.methods.base import Method
-from vardrop.noise import Gate, Noise, noises_of
+from vardrop.noise import Gate, Noise, child, noises_of
 
 SLOTS = ("noise", "gate")
 
@@ -92,12 +92,12 @@ def batched(model: nn.Module) -> Iterator[None]:
 
 def noises(layer: nn.Module) -> list[Held]:
     """The noises that hang on `layer`, and last its gate, as far as it has them; a noise acts before the gate."""
-    own = isinstance(layer._modules.get("noise"), nn.ModuleDict)
+    own = isinstance(child(layer, "noise"), nn.ModuleDict)
     held = [
         Held(f"noise.{name.removesuffix('.weight')}" if own else "noise", name, noise)
         for name, noise in noises_of(layer).items()
     ]
-    gate = layer._modules.get("gate")
+    gate = child(layer, "gate")
     return [*held, Held("gate", "weight", gate)] if isinstance(gate, Gate) else held
 
 
@@ -140,8 +140,8 @@ def parameter_groups(model: nn.Module, *, lr: float = 1e-3, gate_lr: float = 1e-
     [2, 2]
     """
     for name, rate in (("lr", lr), ("gate_lr", gate_lr)):
-        if not 0.0 <= rate < math.inf:
-            raise InvalidValueError(f"{name}={rate}: must be a finite number, at least 0")
+        if not (isinstance(rate, int | float) and 0.0 <= rate < math.inf):
+            raise InvalidValueError(f"{name}={rate!r}: must be a finite number, at least 0")
     members: dict[tuple[str, float], list[nn.Parameter]] = {
         ("own", lr): [],
         ("weights", lr): [],

@@ -331,3 +331,22 @@ def test_methods_whose_units_are_never_dead_for_good_are_refused(method):
     net = dense(method=method)
     with pytest.raises(ConversionError, match=f"layer '0': {type(method).__name__} .*vardrop.compact"):
         vd.shrink(net, torch.optim.Adam(net.parameters()), torch.randn(2, 3))
+
+
+def test_a_layer_that_runs_in_training_alone_is_not_cut_from():
+    class Aided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aid = nn.Linear(4, 16), nn.Linear(16, 3), nn.Linear(16, 5)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return (self.head(h), self.aid(h)) if self.training else self.head(h)
+
+    net = vd.convert(Aided(), vd.ARD())
+    with torch.no_grad():
+        net.body.weight[:9] = 0.0
+    optimizer = torch.optim.Adam(net.parameters())
+    with pytest.raises(GraphError, match="layer 'aid' runs in training but not in eval mode"):
+        vd.shrink(net, optimizer, torch.randn(2, 4))
+    assert net.body.weight.shape == (16, 4) and [y.shape[1] for y in net(torch.randn(2, 4))] == [3, 5]

@@ -122,9 +122,9 @@ def test_no_plain_net_is_given_out_for_one_that_reads_a_noisy_weight_elsewhere(m
     model, x = vd.convert(Tied(call=True), {"table": method}).eval(), torch.randint(20, (4, 5))
     vd.prune(model)
     before = model(x)
-    with pytest.raises(GraphError, match="a weight that has noise or a gate is also used outside its layer"):
+    with pytest.raises(GraphError, match="the weight of layer 'table' is also used outside its layer.*exclude='table'"):
         vd.compact(model, x)
-    with pytest.raises(GraphError, match="a weight that has noise or a gate is also used outside its layer"):
+    with pytest.raises(GraphError, match="the weight of layer 'table' is also used outside its layer"):
         vd.export_onnx(model, tmp_path / "net.onnx", x)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
@@ -206,3 +206,15 @@ def test_compile_fullgraph_export_and_vmap_over_a_converted_net():
         torch.testing.assert_close(compiled(x), model(x))
         exported = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(exported(x), model(x))
+
+
+def test_a_scripted_part_is_left_alone_and_a_scripted_net_is_refused():
+    net = nn.Sequential(nn.Linear(4, 8), torch.jit.script(nn.Linear(8, 2)))
+    assert names(vd.convert(net, vd.ARD())) == ["0"]
+    assert vd.kl(net) > 0 and vd.prune(net).total == 32
+    with pytest.raises(ConversionError, match="nothing to convert in RecursiveScriptModule"):
+        vd.convert(torch.jit.script(nn.Sequential(nn.Linear(4, 2))), vd.ARD())
+    with pytest.raises(InvalidValueError, match="threshold='3': must be a number"):
+        vd.prune(net, threshold="3")
+    with pytest.raises(InvalidValueError, match="lr='x': must be a finite number"):
+        vd.parameter_groups(net, lr="x")

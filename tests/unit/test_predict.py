@@ -192,6 +192,22 @@ def test_outputs_that_are_no_tensor_are_refused_by_their_type(wrap, kind):
             call(net, torch.randn(2, 4))
 
 
+def test_a_model_of_several_inputs_takes_them_in_a_tuple():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+        def forward(self, x, z):
+            return self.left(x) + self.right(z)
+
+    net, inputs = vd.convert(Two(), vd.SparseVD()), (torch.randn(5, 4), torch.randn(5, 2))
+    drawn = vd.draws(net, inputs, samples=6, generator=torch.Generator().manual_seed(1))
+    assert drawn.shape == (6, 5, 3) and drawn.std(dim=0).min() > 0
+    expected = vd.predict(net, inputs, samples=6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn.softmax(dim=2).mean(dim=0), expected)
+
+
 def test_probabilities_need_classes_and_samples_are_whole():
     net = vd.convert(Wrapped(lambda y: y[:, 0]), vd.ARD())
     with pytest.raises(InvalidValueError, match=r"the model returns shape \(2,\): must be \(N, classes, \*\)"):

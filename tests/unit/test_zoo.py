@@ -80,7 +80,11 @@ def write_own(
 ):
     path.write_text(
         textwrap.dedent(f"""
-        import torch
+        from __future__ import annotations
+        import dataclasses, torch
+        @dataclasses.dataclass
+        class Sizes:
+            hidden: int = 5
         def data():
             return ({train_x}, torch.tensor({train_y})), ({test_x}, torch.tensor({test_y}))
         def net(input_shape, num_classes):
@@ -89,6 +93,13 @@ def write_own(
             return torch.nn.Linear(3, 3)
         def odd():
             return torch.nn.Linear(4, 7)
+        class Named(torch.nn.Linear):
+            def forward(self, x):
+                return {{"logits": super().forward(x)}}
+        def named():
+            return Named(4, 3)
+        def two():
+            return torch.nn.Bilinear(4, 4, 3)
         def none():
             return None
         def broken():
@@ -117,6 +128,10 @@ def test_ones_own_mistakes_are_named(tmp_path):
         check_fits("narrow", build("narrow"), data)
     with pytest.raises(DataError, match=r"outputs of shape \(1, 7\).*must be \(1, 3\)"):
         check_fits("odd", build("odd"), data)
+    with pytest.raises(DataError, match=r"'named' gives a dict: must give a tensor of logits, of shape \(1, 3\)"):
+        check_fits("named", build("named"), data)
+    with pytest.raises(DataError, match="do not fit the net 'two': .* missing 1 required positional argument"):
+        check_fits("two", build("two"), data)
     with pytest.raises(InvalidValueError, match="gave a NoneType"):
         build("none")
     with pytest.raises(InvalidValueError, match="raised KeyError"):

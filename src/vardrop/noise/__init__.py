@@ -2,6 +2,7 @@
 
 from vardrop.noise.base import Layout as Layout
 from vardrop.noise.base import Noise as Noise
+from vardrop.noise.base import child as child
 from vardrop.noise.base import noises_of as noises_of
 from vardrop.noise.dependent import DependentGate as DependentGate
 from vardrop.noise.dependent import InputGate as InputGate

@@ -112,12 +112,19 @@ class Noise(nn.Module):
         return None if first is None else first.device
 
 
+def child(layer: nn.Module, name: str) -> nn.Module | None:
+    """The child of `layer` called `name`, also of a scripted one, whose children are no dict."""
+    if name in layer._modules:
+        return layer._modules[name]
+    return None
+
+
 def noises_of(layer: nn.Module) -> dict[str, Noise]:
     """The noises that hang on `layer` by the name of the parameter they act on; none on a plain layer.
 
     That on the weight of a child is held under the name of the child.
     """
-    held = layer._modules.get("noise")
+    held = child(layer, "noise")
     named = {"weight": held}
     if isinstance(held, nn.ModuleDict):
         named = {f"{key}.weight" if key in layer._modules else key: noise for key, noise in held.items()}

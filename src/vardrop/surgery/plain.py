@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import GraphError
-from vardrop.sites import sites
+from vardrop.sites import noises, sites
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import equal, run
 from vardrop.surgery.graph import as_arguments
@@ -47,10 +47,25 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
         found = expected = []  # what does not run is named by whatever runs it next
         strip(copy)
     if not equal(expected, found) and equal(found, run(copy, inputs)):
+        name = _used_elsewhere(model, inputs, expected)
+        which = "a weight that has noise or a gate" if name is None else f"the weight of layer {name!r}"
         raise GraphError(
-            "without its noise the model gives other outputs: a weight that has noise or a gate is also used outside "
-            "its layer, tied to another one or read in a forward; leave that layer out with exclude=, and convert anew"
+            f"without its noise the model gives other outputs: {which} is also used outside its layer, tied to another "
+            f"one or read in a forward; leave that layer out with exclude={name or ''!r}, and convert anew"
         )
     for module, training in modes.items():
         module.training = training
     return copy
+
+
+def _used_elsewhere(model: nn.Module, inputs: tuple[Any, ...], expected: Any) -> str | None:
+    """The layer without whose noise alone the model gives something else than `expected`."""
+    noisy: list[str] = [name for name, layer in model.named_modules() if noises(layer)]
+    for name in noisy:
+        copy = copy_of(model).eval()
+        for site in sites(copy):
+            site.noise.on = False
+        strip(copy.get_submodule(name))
+        if not equal(expected, run(copy, inputs)):
+            return name
+    return None

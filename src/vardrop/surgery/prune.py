@@ -80,8 +80,8 @@ def prune(
 
     Raises:
         ConversionError: the model is not converted.
-        InvalidValueError: a threshold is given but no method of the model has a rule; a parameter is not finite; a
-            layer would be emptied and `on_empty` is ``"refuse"``.
+        InvalidValueError: a threshold is no number, or no method of the model has a rule for it; a parameter is not
+            finite; a layer would be emptied and `on_empty` is ``"refuse"``.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.prune(net, threshold=0.0).compression
@@ -89,6 +89,8 @@ def prune(
     """
     if on_empty not in ("keep-best", "refuse"):
         raise InvalidValueError(f"on_empty={on_empty!r}: must be 'keep-best' or 'refuse'")
+    if not isinstance(threshold, int | float | None):
+        raise InvalidValueError(f"threshold={threshold!r}: must be a number")
     masks = {site: _mask(site, threshold, on_empty) for site in _converted(model)}
     for name in _spare_the_last(masks):
         _complain(f"layer {name!r}: noise and gate leave no weight together", on_empty)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vardrop.errors import ConversionError, EmptyLayerWarning, InvalidValueError
+from vardrop.errors import ConversionError, EmptyLayerWarning, GraphError, InvalidValueError
 from vardrop.methods import Method
 from vardrop.noise import Gate
 from vardrop.sites import noises, sites, tensor_of
@@ -84,7 +84,10 @@ def shrink(
     marked, complaint = _marked(model)
     if complaint is not None:
         return Plan((), (f"nothing is cut: {complaint}",), whole, whole)
-    done, graph, alive = prove(strip(copy_of(marked)), as_arguments(example_inputs), on_unknown, new_biases=False)
+    arguments = as_arguments(example_inputs)
+    plain = strip(copy_of(marked))
+    _check_training(plain, arguments)
+    done, graph, alive = prove(plain, arguments, on_unknown, new_biases=False)
     cuts = dict(_cuts(model, graph, alive))
     empty = _emptied(marked, cuts)
     if empty is not None:
@@ -118,6 +121,32 @@ def _check_model(model: nn.Module) -> None:
         obstacle = why_whole(site.method)
         if obstacle is not None:
             raise ConversionError(f"layer {site.name!r}: {obstacle}; call vardrop.compact after the training")
+
+
+def _check_training(plain: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raises where a layer runs in training alone: what it reads is not seen in the pass by which the net is cut."""
+    ran = {mode: _layers_run(plain, arguments, mode) for mode in (False, True)}
+    for name in ran[True] if ran[False] else ():
+        if name not in ran[False]:
+            raise GraphError(
+                f"layer {name!r} runs in training but not in eval mode, so what it reads of other layers cannot be "
+                "told: call vardrop.compact after the training"
+            )
+
+
+def _layers_run(plain: nn.Module, arguments: tuple[Any, ...], training: bool) -> list[str]:
+    """The layers with parameters that run in a pass in training or in eval mode; none where there can be no pass."""
+    copy = copy_of(plain).train(training)
+    ran: list[str] = []
+    for name, layer in copy.named_modules():
+        if next(layer.parameters(recurse=False), None) is not None:
+            layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy(*arguments)
+    except Exception:  # such as batch-norm on one example in training; what does not run at all is told by the tracing
+        return []
+    return ran
 
 
 def why_whole(method: Method) -> str | None:

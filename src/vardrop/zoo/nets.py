@@ -229,14 +229,18 @@ def check_fits(spec: str, net: nn.Module, data: Data) -> None:
     try:
         with torch.no_grad():
             output = net(data.train.x[:1])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"data {data.name!r} has inputs of shape {data.input_shape}, which do not fit the net {spec!r}: {reason}"
         ) from error
     finally:
         net.train(training)
     wanted = (1, data.num_classes, *data.train.y.shape[1:])
+    if not isinstance(output, Tensor):
+        raise DataError(
+            f"net {spec!r} gives a {type(output).__name__}: must give a tensor of logits, of shape {wanted}"
+        )
     if output.shape != wanted:
         raise DataError(
             f"net {spec!r} gives outputs of shape {tuple(output.shape)} for one example of {data.name!r}: "

@@ -27,10 +27,11 @@ def call_own(spec: str, **offered: Any) -> Any:
     path = Path(file)
     if not path.is_file():
         raise InvalidValueError(f"{spec!r}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"_own_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise InvalidValueError(f"{spec!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where a dataclass looks up its annotations
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         module_spec.loader.exec_module(module)
