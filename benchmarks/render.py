@@ -31,7 +31,7 @@ def page() -> str:
         "`make bench` measures anew.\n",
         _machine(found["machine"]),
         "## A step against plain PyTorch\n\nForward, KL and backward of one layer in the middle of a net, and whole "
-        "training steps, as ratios to the first row of the same column group, which is plain PyTorch in the same "
+        "training steps, as ratios to the first row of each table, which is plain PyTorch in the same "
         "run. Contenders take turns; the median counts.\n",
         *(_steps(name, rows) for name, rows in found["steps"].items()),
         "## Growth\n\nRatio of the fast path (SparseVD) to plain PyTorch.\n",

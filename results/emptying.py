@@ -2,7 +2,8 @@
 
 python results/emptying.py OUT [--data ylecun/mnist] [--data-root FOLDER] [--epochs 40]
 
-A run that was broken off goes on when the command is given again. Writes emptying.gif and emptying.png into OUT.
+A run that was broken off goes on when the command is given again. Writes emptying.gif and emptying.png into OUT, of
+which docs/ has copies.
 """
 
 import argparse
@@ -99,7 +100,9 @@ class Panels:
             bound = float(picture.nan_to_num().abs().max()) or 1.0
             axis.imshow(picture.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
         compression, error = float(about["compression"]), 100 * float(about["error"])
-        self.above.set_title(f"epoch {int(path.stem) + 1}: {compression:.1f}x, {error:.2f} % error", fontsize=9)
+        self.above.set_title(
+            f"epoch {int(path.stem) + 1}: {compression:.1f}x; unpruned {error:.2f} % error", fontsize=9
+        )
         self.below.set_title(f"{int((dense != 0).sum()):,} of {dense.numel():,} dense weights alive", fontsize=9)
 
 

@@ -85,7 +85,8 @@ def page(stored: dict[str, Any]) -> str:
         "`results/information_flow.json`; `python results/information_flow.py RUN...` evaluates finished runs anew. "
         f"Torch {stored['torch']}.\n\n{table(stored)}\n{runs}\n\n## Two units and four classes\n\n"
         "Samples of the two units of a zero-mean layer for points of four classes, from several starts: all that a "
-        "unit can say is how far from zero it falls. Drawn by `python results/variance_toy.py`.\n\n"
+        "unit can say is how far from zero it falls. Drawn by "
+        "`python results/variance_toy.py docs/variance_toy.svg`.\n\n"
         f"![Activations of two units without a mean]({TOY})\n"
     )
 

@@ -62,7 +62,8 @@ def page() -> str:
         "# Stored runs\n\nOne JSON for each run, as `vardrop compress` writes it: configuration, seed, versions, "
         "commit, history by epoch, figures after pruning and after compaction. Add `--data-root FOLDER` for a local "
         "copy of the data. `tables/` holds the cells of [the papers' tables](../docs/tables.md), each made again by "
-        "`vardrop reproduce`. This page is made by `python results/render.py --write`.\n\n"
+        "`vardrop reproduce`; some started from an original that was trained anew, not from the one stored beside "
+        "them, as the error of their `original` tells. This page is made by `python results/render.py --write`.\n\n"
         f"{table()}\n## The commands\n\n" + "\n".join(commands) + "\n"
     )
 
@@ -83,9 +84,9 @@ def tables_page() -> str:
     stored = found()
     tables = list(load_tables().values())
     return (
-        "# The tables of the papers, made again\n\nEvery result table of the papers behind this library, with the "
-        "paper's figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
-        "`--budget full` follows the paper's schedule, `short` a fraction of it; another budget is named as it was. "
+        "# The tables of the papers, made again\n\nThe 25 result tables of the seven papers behind this library, with "
+        "the papers' figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
+        "`--budget full` follows the paper's schedule, `short` a fraction of it; runs of other lengths name theirs. "
         f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
         + contents(tables, stored)
         + "\n"

@@ -16,7 +16,7 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from vardrop.baselines import baselines
 from vardrop.compress import Job
@@ -319,7 +319,7 @@ def list_methods() -> None:
     """List the methods with their fields, and the networks and data sets that have names."""
     from vardrop.zoo import DATASETS, NETS
 
-    table = Table("method", "what it is", "fields and defaults", title="Methods")
+    table = Table(Column("method", no_wrap=True), "what it is", "fields and defaults", title="Methods")
     for name, cls in (methods() | baselines()).items():
         defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.one_line(), defaults)

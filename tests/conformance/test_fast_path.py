@@ -225,7 +225,30 @@ def test_the_kl_found_on_the_way_is_handed_out_once_and_never_stale():
     assert fresh.item() == pytest.approx(kl(vd.fast(copy.deepcopy(net), on=False)).item(), rel=1e-6)
     net(x)
     vd.prune(net, threshold=0.2)
-    assert kl(net).item() < fresh.item()
+    marked = kl(net).item()
+    assert marked < fresh.item()
+    net(x)
+    net.noise.mask[:] = False
+    assert kl(net).item() == 0.0
+
+
+@compiler
+def test_the_kl_after_a_step_is_that_of_the_new_parameters_also_where_the_optimiser_tells_no_version():
+    net = vd.fast(vd.convert(nn.Linear(6, 4), vd.ARD()))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=True)
+    net(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    assert kl(net).item() == pytest.approx(kl(vd.fast(copy.deepcopy(net), on=False)).item(), rel=1e-6)
+
+
+@compiler
+def test_an_additive_variance_network_takes_the_fast_path():
+    net = vd.convert(nn.Linear(40, 6), vd.VarianceNetwork(parameterisation="additive"))
+    x = torch.randn(5, 40)
+    plain = run(net, x)
+    found = run(vd.fast(net, variance="float32"), x)
+    assert found[0].shape == plain[0].shape
+    torch.testing.assert_close(found[1], plain[1])
 
 
 @compiler

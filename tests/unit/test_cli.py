@@ -92,7 +92,7 @@ def test_measure_prints_sizes_and_times_and_keeps_them_beside_the_run(finished):
         run[part]["parameters"] for part in ("original", "compacted")
     ]
     assert f"{record['flops']['original']:,}" in done.stdout and "microseconds, onnxruntime, batch 128" in done.stdout
-    assert len(record) == 5 + 2 * 2 * 2
+    assert len(record) == 4 + 2 * 2 * 2
 
 
 def test_measure_builds_the_net_anew_where_a_run_keeps_no_original(finished, tmp_path):
@@ -103,7 +103,7 @@ def test_measure_builds_the_net_anew_where_a_run_keeps_no_original(finished, tmp
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "measure.json").read_text())
     assert record["parameters"]["original"] == 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
-    assert len(record) == 5 + 2 * 2
+    assert len(record) == 4 + 2 * 2
     gone = vardrop("measure", tmp_path / "nowhere")
     assert gone.returncode == 1 and "must be the folder of a finished" in gone.stderr
 

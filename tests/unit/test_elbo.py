@@ -203,6 +203,8 @@ def test_rules_follow_their_definitions():
         (lambda: vd.ARD(init_spread=-0.1), r"ARD\(init_spread=-0.1\)"),
         (lambda: vd.VBD(low=2.0, high=1.0), r"low=2.0, high=1.0"),
         (lambda: vd.VBD(alpha="layer", high=1.0), "need alpha"),
+        (lambda: vd.VBD(alpha="layer", train_clip=True), 'train_clip needs alpha="weight"'),
+        (lambda: vd.SparseVD(rule=None, threshold=2.0), r"rule=None, threshold=2.0\): a threshold needs a rule"),
     ],
 )
 def test_hyper_parameters_are_checked_when_a_method_is_made(make, message):

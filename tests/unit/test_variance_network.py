@@ -125,3 +125,14 @@ def test_log_alpha_may_learn_at_a_rate_of_its_own():
         vd.VarianceNetwork(parameterisation="layer", alpha_lr=0.0)
     with pytest.raises(InvalidValueError, match="'zero-mean' weights, which have no alpha to learn"):
         vd.VarianceNetwork(alpha_lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [vd.SparseVD(init_log_std=-9.0), vd.VarianceNetwork(parameterisation="layer", init_log_alpha=11.5)],
+    ids=["small", "large"],
+)
+def test_variances_of_a_net_made_half_are_formed_in_float32(method):
+    net = vd.convert(nn.Linear(4, 30), method).half()
+    variance = net.noise.variance(net.weight)
+    assert variance.dtype == torch.float32 and variance.isfinite().all() and (variance > 0).all()

@@ -25,7 +25,6 @@ class AdditiveMethod(WeightMethod):
     """
 
     kl_is_short: ClassVar[bool] = True
-    """Whether the divergence is few enough operations to be worth compiling."""
     init_log_std: float = -5.0
     init_spread: float = 0.0
     train_clip: bool = False

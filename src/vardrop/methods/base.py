@@ -118,11 +118,17 @@ class WeightMethod(Method):
             and embeddings always draw the weight.
     """
 
+    kl_is_short: ClassVar[bool] = False
+    """Whether a weight's KL is a divergence of few enough operations to be worth compiling with its noise."""
     rule: RuleName | None = None
     threshold: float | None = None
     sampling: Literal["local", "weight"] = "local"
 
     def __post_init__(self) -> None:
+        if self.rule is None and self.threshold is not None:
+            raise InvalidValueError(
+                f"{type(self).__name__}(rule=None, threshold={self.threshold}): a threshold needs a rule"
+            )
         if self.rule is not None:
             _check_choice(self, "rule", self.rule, tuple(self.default_thresholds))
         _check_choice(self, "sampling", self.sampling, ("local", "weight"))

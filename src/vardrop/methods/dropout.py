@@ -68,7 +68,8 @@ class GaussianDropout(WeightMethod):
     """Gaussian dropout: weights with a fixed variance of rate / (1 - rate) times their squared mean.
 
     Independent weights and local reparameterisation, so the outputs are independent given the input ("type B"); or
-    noise on the inputs, whose outputs are correlated ("type A"), one value for each example and input.
+    noise on the inputs, whose outputs are correlated ("type A"), one value for each example and input unit: a
+    convolution has one for all positions of a channel, and more variance than Bernoulli dropout of single inputs.
 
     Args:
         rate: the Bernoulli rate with the same mean and variance, in (0, 1).

@@ -30,7 +30,8 @@ class StructuredBP(GateMethod):
         low: lower end of ``log theta``.
         high: upper end.
         draws: one of the noise for each ``"batch"``, as the authors do, or for each ``"example"``, which is slower
-            and less noisy.
+            and less noisy. A batch-norm that trains undoes a multiplier that the whole batch shares, so that the KL
+            alone acts on it: in front of one take ``"example"``, or freeze it.
 
     Source: arXiv:1705.07283.
 

@@ -55,6 +55,8 @@ class VBD(AdditiveMethod):
         _check_choice(self, "alpha", self.alpha, SHARING)
         if not 0.0 <= self.low < self.high:
             raise InvalidValueError(f"VBD(low={self.low}, high={self.high}): must satisfy 0 <= low < high")
+        if self.alpha != "weight" and self.train_clip:
+            raise InvalidValueError(f'VBD(alpha={self.alpha!r}, train_clip=True): train_clip needs alpha="weight"')
         if self.alpha != "weight" and (self.low, self.high) != (0.0, math.inf):
             raise InvalidValueError(
                 f"VBD(alpha={self.alpha!r}, low={self.low}, high={self.high}): bounds on the prior variance "

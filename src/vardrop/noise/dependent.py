@@ -75,8 +75,7 @@ class DependentGate(Gate):
         return F.kumaraswamy_mean(self.a, self.b)
 
     def multiplier(self, value: Tensor, dim: int) -> Tensor:
-        x = at_least_float32(pooled(value.detach(), dim))
-        x = x.reshape(-1, self.units)
+        x = pooled(at_least_float32(value.detach()), dim).reshape(-1, self.units)
         level = self.scale * self._normalised(x)
         if self.training:
             self._record(level + self.shift)
@@ -140,9 +139,9 @@ class InputGate(nn.Module):
 
     def opening(self, x: Tensor) -> Tensor:
         """The multiplier of each unit for each example of `x`, broadcastable to it."""
-        level = pooled(x, -self.scale.dim()) * self.scale + self.shift
+        level = pooled(at_least_float32(x), -self.scale.dim()) * self.scale + self.shift
         opening = level.clamp(EDGE, 1.0 - EDGE)
-        return opening.masked_fill(opening <= self.floor, 0.0)
+        return opening.masked_fill(opening <= self.floor, 0.0).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.opening(x)

@@ -96,7 +96,7 @@ class AdditiveNoise(WeightNoise):
         self.log_std = nn.Parameter(start)
 
     def variance(self, weight: Tensor) -> Tensor:
-        return torch.exp(2.0 * self.log_std)
+        return torch.exp(2.0 * at_least_float32(self.log_std))
 
     def log_alpha(self, weight: Tensor) -> Tensor:
         return F.log_alpha(weight, self.log_std)
@@ -109,7 +109,13 @@ class AdditiveNoise(WeightNoise):
         clip, dtype = self.clip_log_alpha, fast.narrow(weight)
         mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
         self._price = (price, self._state_of(weight))
+        mean.register_hook(
+            self._forget
+        )  # after the backward there is a step, which need not tell the tensors' versions
         return mean, variance
+
+    def _forget(self, gradient: Tensor) -> None:
+        self._price = None
 
     def take_price(self, weight: Tensor) -> Tensor | None:
         """The KL that the last fast pass found on its way, once, and only while nothing has changed since."""
@@ -122,7 +128,8 @@ class AdditiveNoise(WeightNoise):
         self._price = None
 
     def _state_of(self, weight: Tensor) -> tuple[int, ...]:
-        return id(weight), weight._version, id(self.log_std), self.log_std._version, id(self.mask)
+        tensors = [tensor for tensor in (weight, self.log_std, self.mask) if tensor is not None]
+        return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))
 
     def noisy_mean(self, weight: Tensor, variance: Tensor) -> Tensor:
         if self.clip_log_alpha is None:
@@ -174,7 +181,8 @@ class MultiplicativeNoise(WeightNoise):
         return self.spread(self.shared_log_alpha, weight)
 
     def variance(self, weight: Tensor) -> Tensor:
-        return self.spread(self.shared_log_alpha.exp(), weight) * at_least_float32(weight).square()
+        alpha = at_least_float32(self.shared_log_alpha).exp()
+        return self.spread(alpha, weight) * at_least_float32(weight).square()
 
     def spread(self, shared: Tensor, weight: Tensor) -> Tensor:
         """Values that belong to the shared alphas, one for each weight."""

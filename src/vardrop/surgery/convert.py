@@ -45,6 +45,9 @@ def convert(
 
     A model whose gates are beta-Bernoulli is converted once more, to their dependent second stage.
 
+    Gates on outputs do not know which layer gives the outputs of the model, but in an ``nn.Sequential``: leave such a
+    convolution out of another module, or gate its inputs, or outputs of the model may die.
+
     Args:
         model: any module built of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, RNN, LSTM, GRU, Embedding,
             EmbeddingBag and MultiheadAttention layers, among others.

@@ -182,7 +182,7 @@ def _memory(record: Mapping[str, Any]) -> Value | None:
 FIGURES = {
     "error": Figure("test error, %", lambda record: 100.0 * record["pruned"]["error"], 2, "lower"),
     "compression": Figure("compression", lambda record: record["pruned"]["compression"], 0, "higher"),
-    "sparsity_per_layer": Figure("sparsity per layer, %", _sparsity, 1),
+    "sparsity_per_layer": Figure("sparsity per layer, %", _sparsity, 2),
     "sparsity": Figure(
         "sparsity, %",
         lambda record: 100.0 * (1.0 - record["pruned"]["nonzero"] / record["pruned"]["total"]),

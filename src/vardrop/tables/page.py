@@ -17,10 +17,11 @@ NOT_RUN, NO_FIGURE = "not run", "not to be had here"
 LEGEND = (
     "Ours is the mean over the seeds, or the median where the table says so, with the standard deviation where there "
     "are several; a list is layer by layer. *within*: it differs from the paper's figure by no more than both standard "
-    "deviations joined (one seed has none, nor has a paper that prints none), or than half of the last decimal "
-    "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
-    "sums. A claim is too close to say where rows that it compares differ no more than that, and none the other way. "
-    "An em-dash: no figure."
+    "deviations joined, as the root of the sum of their squares (one seed has none, nor has a paper that prints none), "
+    "or than half of the last decimal shown. *better* and *short by*: beyond that, to the one side or the other; lists "
+    "of units are compared by their sums. A claim is too close to say where rows that it compares differ no more than "
+    "that, and none the other way; in brackets stand the budget of the runs, the rows that were not run (without), or "
+    "only in part (in part against), and those that differ no more than that (close to). An em-dash: no figure."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
@@ -201,7 +202,7 @@ def _claim(table: Table, ordering: Ordering) -> str:
     others = [name for name in table.rows if name != ordering.better]
     than = "every other row" if len(others) > 1 and set(others) == set(ordering.than) else " and ".join(ordering.than)
     names = [label for column, label in zip(table.columns, table.labels, strict=True) if column in ordering.columns]
-    return f"{ordering.better} is better than {than} in {', '.join(names)}"
+    return f"{ordering.better} is better than {than} in {' and '.join(names)}"
 
 
 def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
@@ -231,7 +232,7 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
             broken |= not all(apart)
         if compared:
             verdict = FAILS if broken else CLOSE if missing["close to"] else HOLDS
-            rest = [f"{how} {', '.join(names)}" for how, names in missing.items() if names]
+            rest = [f"{how} {' and '.join(names)}" for how, names in missing.items() if names]
             return f"{verdict} ({'; '.join([budget, *rest])})"
     figures = [_joined(table, best, column, budget, found) for column in ordering.columns for budget in budgets]
     return NO_FIGURE if budgets and not any(figures) else NOT_RUN
