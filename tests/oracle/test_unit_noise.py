@@ -247,3 +247,28 @@ def test_dependent_gate_is_finite_at_the_edges_of_its_clip():
     (layer(x).sum() + vd.kl(layer)).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
     assert torch.isfinite(layer(torch.randn(1, 3))).all()
+
+
+def test_gaussian_noise_on_inputs_is_of_each_element_and_gives_the_variance_of_independent_weights():
+    """arXiv:1506.02557, section 3.2: type A and type B have the same marginals, here at each position of a map."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 2, 3, padding=1)
+    x = torch.randn(1, 3, 6, 6)
+    quiet = layer(x).detach()
+    expected = torch.nn.functional.conv2d(x.square(), layer.weight.detach().square(), padding=1)
+    net, count = vd.convert(layer, vd.GaussianDropout(rate=0.5, on="inputs")), 20_000
+    with torch.no_grad(), vd.noise(net, on=True, generator=torch.Generator().manual_seed(1)):
+        drawn = net(x.expand(count, -1, -1, -1))
+    spread = (expected / count).sqrt()
+    assert ((drawn.mean(dim=0) - quiet).abs() <= 5 * spread).all()
+    assert ((drawn.var(dim=0) / expected - 1).abs() <= 6 * (2 / count) ** 0.5).all()
+    net.gate.mask = torch.tensor([True, False, True])
+    with torch.no_grad(), vd.noise(net, on=True):
+        masked = x.clone()
+        masked[:, 1] = 0.0
+        assert (net(x.expand(count, -1, -1, -1)).mean(dim=0) - layer_of(net, masked)).abs().max() <= 0.1
+
+
+def layer_of(net, x):
+    """What the plain convolution gives."""
+    return torch.nn.functional.conv2d(x, net.weight, net.bias, padding=1)[0]

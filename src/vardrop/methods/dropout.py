@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vardrop.methods.base import Method, Paper, WeightMethod, check_on, check_range
-from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, MultiplicativeNoise, Noise
+from vardrop.noise import BernoulliNoise, ElementwiseGate, Layout, MultiplicativeNoise, Noise
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class GaussianDropout(WeightMethod):
     """Gaussian dropout: weights with a fixed variance of rate / (1 - rate) times their squared mean.
 
     Independent weights and local reparameterisation, so the outputs are independent given the input ("type B"); or
-    noise on the inputs, whose outputs are correlated ("type A"), one value for each example and input unit: a
-    convolution has one for all positions of a channel, and more variance than Bernoulli dropout of single inputs.
+    noise on the inputs, whose outputs are correlated ("type A"), one value for each input of each example, and
+    for each word of an embedding.
 
     Args:
         rate: the Bernoulli rate with the same mean and variance, in (0, 1).
@@ -104,7 +104,7 @@ class GaussianDropout(WeightMethod):
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         log_alpha = math.log(self.rate) - math.log1p(-self.rate)
         if self.on == "inputs":
-            return MultiplicativeGate(weight, layout, "input", log_alpha=log_alpha, sharing="layer", learned=False)
+            return ElementwiseGate(weight, layout, "input", log_alpha=log_alpha, sharing="layer", learned=False)
         return MultiplicativeNoise(
             weight, layout, log_alpha=log_alpha, sharing="layer", learned=False, sampling=self.sampling
         )

@@ -57,6 +57,11 @@ class VarianceNetwork(WeightMethod):
     alpha_lr: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rule is not None or self.threshold is not None:
+            raise InvalidValueError(
+                f"VarianceNetwork(rule={self.rule!r}, threshold={self.threshold}): must both be None, since a rule "
+                "judges a weight by its mean and would find all of them dead; SparseVD prunes"
+            )
         super().__post_init__()
         _check_choice(self, "parameterisation", self.parameterisation, PARAMETERISATIONS)
         for field in ("init_log_alpha", "init_log_std"):
@@ -68,11 +73,6 @@ class VarianceNetwork(WeightMethod):
                     f"VarianceNetwork(alpha_lr={self.alpha_lr}): must be None with {self.parameterisation!r} weights, "
                     "which have no alpha to learn"
                 )
-        if self.rule is not None or self.threshold is not None:
-            raise InvalidValueError(
-                f"VarianceNetwork(rule={self.rule!r}, threshold={self.threshold}): must both be None, since a rule "
-                "judges a weight by its mean and would find all of them dead; SparseVD prunes"
-            )
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         if self.parameterisation == "zero-mean":

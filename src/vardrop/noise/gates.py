@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid, softplus
 from vardrop import functional as F
 from vardrop.lrt import at_least_float32
 from vardrop.noise.base import Layout
-from vardrop.noise.gate import Gate, Place
+from vardrop.noise.gate import Gate, Place, broadcast
 
 
 class TruncatedLogNormalGate(Gate):
@@ -142,6 +142,20 @@ class MultiplicativeGate(Gate):
     def sample(self, rows: int) -> Tensor:
         log_alpha = self.log_alpha(self.shared_log_alpha)
         return 1.0 + torch.exp(0.5 * log_alpha) * self.normal(rows, log_alpha)
+
+
+class ElementwiseGate(MultiplicativeGate):
+    """The same with a draw for each element: the positions of a unit do not share one (arXiv:1506.02557, 3.2)."""
+
+    def gated(self, value: Tensor, dim: int) -> Tensor:
+        if not self.active:
+            return super().gated(value, dim)
+        with torch.autocast(value.device.type, enabled=False):
+            std = torch.exp(0.5 * self.log_alpha(self.shared_log_alpha))
+            factor = 1.0 + broadcast(std[None], value, dim) * torch.randn(value.shape, **self._kind(value))
+            if self.mask is not None:
+                factor = factor.masked_fill(~broadcast(self.mask[None], value, dim), 0.0)
+        return value * factor.to(value.dtype)
 
 
 class ConcreteGate(Gate):
