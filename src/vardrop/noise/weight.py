@@ -109,9 +109,8 @@ class AdditiveNoise(WeightNoise):
         clip, dtype = self.clip_log_alpha, fast.narrow(weight)
         mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
         self._price = (price, self._state_of(weight))
-        mean.register_hook(
-            self._forget
-        )  # after the backward there is a step, which need not tell the tensors' versions
+        # after the backward comes a step, and fused ones do not raise the tensors' versions
+        mean.register_hook(self._forget)
         return mean, variance
 
     def _forget(self, gradient: Tensor) -> None:
