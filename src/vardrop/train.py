@@ -187,7 +187,8 @@ def train(
             write(folder, identity, _state(net, optimizer, elbo), history)
         accelerator.log(_scalars(history[-1], num_data), step=epoch)
         on_epoch(history[-1])
-    # DDP goes before its process group: as the group's last owner it waits, with the GIL, for threads that want the GIL.
+    # DDP goes before its process group: as the group's last owner it would wait, holding the GIL, for threads that
+    # want the GIL.
     accelerator.free_memory()
     del model
     accelerator.end_training()
