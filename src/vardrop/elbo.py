@@ -93,9 +93,16 @@ class ELBO:
         """The loss for a mean negative log-likelihood `nll`, a scalar in nats per example.
 
         Methods that need a second pass take a function that runs the model and gives it; the others take either.
+
+        Raises:
+            InvalidValueError: `nll` is no scalar, or the model trains with a warm-up of which no epoch has begun.
         """
         found = list(sites(model))
         learning = found if model.training and torch.is_grad_enabled() else []
+        if learning and self.epoch < 0 and self.warmup(0) < 1.0:
+            raise InvalidValueError(
+                f"the warm-up stands still at {self.warmup(0)}: call elbo.step_epoch() at the start of every epoch"
+            )
         nll, extra = _nll_and_extra(learning, nll)
         for site in learning:
             site.method.step(site.noise, site.weight, max(self.epoch, 0))

@@ -72,6 +72,17 @@ def test_the_first_epoch_is_number_zero_and_the_state_comes_back():
     assert again.epoch == elbo.epoch
 
 
+def test_a_warm_up_whose_first_epoch_has_not_begun_is_refused_in_training_alone():
+    model = net()
+    elbo = vd.ELBO(num_data=1, warmup=vd.warmup.linear(epochs=2))
+    with pytest.raises(InvalidValueError, match=r"stands still at 0\.0: call elbo\.step_epoch\(\) at the start"):
+        elbo(model, torch.ones(()))
+    elbo(model.eval(), torch.ones(()))
+    vd.ELBO(num_data=1)(model.train(), torch.ones(()))
+    elbo.step_epoch()
+    assert elbo(model, torch.ones(())) == 1.0
+
+
 def test_predict_averages_probabilities_with_batch_norm_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     vd.convert(model, vd.ARD(init_log_std=-1.0)).train()
