@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from vardrop.evaluate import load_small, read_run
+from vardrop.evaluate import load_small
+from vardrop.files import read_run
 from vardrop.noise.dependent import InputGate
 from vardrop.report.figures import keep
 from vardrop.zoo import Data, load_data

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
-from vardrop.evaluate import load_noisy, read_run
-from vardrop.files import replace_file
+from vardrop.evaluate import load_noisy
+from vardrop.files import read_run, replace_file
 from vardrop.zoo import load_data
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from typing import Any
 import pages
 import torch
 
-from vardrop.evaluate import measure_run, read_run
-from vardrop.files import replace_file
+from vardrop.evaluate import measure_run
+from vardrop.files import read_run, replace_file
 
 HERE = Path(__file__).parent
 STORED = HERE / "latency.json"

@@ -14,8 +14,8 @@ from typing import Any
 import pages
 import torch
 
-from vardrop.evaluate import evaluate, read_run
-from vardrop.files import replace_file
+from vardrop.evaluate import evaluate
+from vardrop.files import read_run, replace_file
 from vardrop.report import figures
 
 HERE = Path(__file__).parent

@@ -36,7 +36,7 @@ FLOORS = [
     {"fused"},
     {"lrt"},
     {"functional"},
-    {"warmup", "files", "memory"},
+    {"warmup", "files", "memory", "modes"},
     {"errors"},
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -54,6 +54,9 @@ HEAVY = (
     "optuna",
     "torchmetrics",
 )
+
+
+METHODS = vd.methods() | vd.baselines()
 
 
 def room_of(path: Path) -> str:
@@ -103,14 +106,14 @@ def test_importing_loads_nothing_heavy():
 
 def test_every_method_file_is_exported_and_public():
     defined = set()
-    for path in (SOURCE / "methods").glob("*.py"):
+    for path in (path for room in ("methods", "baselines") for path in (SOURCE / room).glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and any(
                 isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == "paper" and item.value
                 for item in node.body
             ):
                 defined.add(node.name)
-    assert defined == {cls.__name__ for cls in vd.methods().values()}
+    assert defined == {cls.__name__ for cls in METHODS.values()}
     assert all(getattr(vd, name).__name__ == name for name in defined)
 
 
@@ -127,7 +130,7 @@ def test_every_public_name_has_a_docstring_with_an_example(name):
     assert ">>>" in text or name == "Method", f"{name} shows no example"
 
 
-@pytest.mark.parametrize("cls", vd.methods().values(), ids=vd.methods())
+@pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 def test_every_method_names_its_source(cls):
     assert re.search(r"Source: arXiv:\d{4}\.\d{4,5}", cls.__doc__)
     assert re.fullmatch(r"\d{4}\.\d{4,5}", cls.paper.arxiv)

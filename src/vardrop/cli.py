@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from vardrop.baselines import baselines
 from vardrop.compress import Job
 from vardrop.errors import InvalidValueError, VardropError, VardropWarning
+from vardrop.files import EVALUATION
 from vardrop.memory import keep_freed_memory
 from vardrop.methods import Method, methods
 from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
@@ -268,7 +269,7 @@ def evaluate(
     Keeps the figures in RUN/evaluation.json and reliability diagrams in RUN/evaluation.png; with --ood also how well
     uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood OTHER/DATA
     """
-    from vardrop.evaluate import EVALUATION, PICTURE
+    from vardrop.evaluate import PICTURE
     from vardrop.evaluate import evaluate as again
 
     console.print(evaluation_table(again(run, data_root=data_root, samples=samples, ood=ood)["rows"]))
@@ -351,6 +352,9 @@ def demo(
 
 def make_method(name: str, settings: Sequence[str]) -> Method:
     """The method called `name` with fields given as ``field=value`` texts.
+
+    Raises:
+        InvalidValueError: the method or a field is unknown, or a value does not fit.
 
     >>> from vardrop.cli import make_method
     >>> make_method("gamma-ard", ["a=0.505", "rule=snr"]).a

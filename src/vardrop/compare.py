@@ -18,6 +18,7 @@ from vardrop.files import size_on_disk
 from vardrop.io import save
 from vardrop.measure import Candidate, Inputs, count_nonzero, count_parameters, flops, latencies
 from vardrop.surgery.convert import strip
+from vardrop.surgery.graph import as_batch
 
 Engine = Literal["torch", "onnxruntime"]
 
@@ -91,8 +92,8 @@ def measure(
 
     - ``parameters``, ``nonzero``: numbers in all parameters, tied ones once.
     - ``bytes``: the folder that :func:`vardrop.save` writes with ``sparse=True``.
-    - ``flops``: of one example, as :func:`vardrop.measure.flops` counts: dense matrix products and convolutions, a
-      multiplication and an addition apart.
+    - ``flops``: of one example, as ``flops`` of the module ``vardrop.measure`` counts: dense matrix products and
+      convolutions, a multiplication and an addition apart.
     - ``seconds, ENGINE, batch N, threads T``: the median of `repeats` calls in eval mode; the two nets are called in
       turns, so that a slow moment of the machine hits both.
 
@@ -117,8 +118,8 @@ def measure(
     >>> found["parameters"]
     Figure(name='parameters', original=58, small=16)
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    _check(inputs, batch_sizes, threads, repeats, engines)
+    inputs = as_batch(example_inputs)
+    _check(batch_sizes, threads, repeats, engines)
     nets = {"original": strip(deepcopy(original)).eval(), "small": strip(deepcopy(small)).eval()}
     return Measured(
         (
@@ -129,17 +130,11 @@ def measure(
 
 
 def _check(
-    inputs: tuple[Tensor, ...],
     batch_sizes: Sequence[int],
     threads: Sequence[int],
     repeats: int,
     engines: Sequence[Engine],
 ) -> None:
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs):
-        raise InvalidValueError(
-            f"example_inputs={inputs!r:.80}: must be a tensor or a tuple of tensors, each with a batch of at least one "
-            "as its first dimension"
-        )
     if any(number < 1 for number in (*batch_sizes, *threads, repeats)):
         raise InvalidValueError(
             f"batch_sizes={tuple(batch_sizes)}, threads={tuple(threads)}, repeats={repeats}: must all be at least 1"

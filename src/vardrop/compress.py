@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from vardrop.checkpoint import Epoch
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
-from vardrop.files import PART, replace_file, size_on_disk
+from vardrop.files import FIRST_LAYER, HISTOGRAMS, PART, RUN, replace_file, size_on_disk
 from vardrop.io import load_weights, methods_by_layer, save
 from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
 from vardrop.methods import Method
+from vardrop.modes import in_eval_mode
 from vardrop.sites import folded, sites
 from vardrop.surgery.compact import compact
 from vardrop.surgery.convert import attach, convert
@@ -34,7 +35,6 @@ from vardrop.together import Member, train_together
 from vardrop.train import Schedule, accelerator_of, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
-RUN = "run.json"
 CONFIG = "config.json"
 ORIGINAL = "original"
 SMALL = "small"
@@ -118,7 +118,6 @@ def _named(method: Method) -> dict[str, Any]:
 class Listeners:
     """Where a job reports its progress."""
 
-    on_step: Callable[[], None] = lambda: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_stage: Callable[[str, int], None] = lambda name, epochs: None
 
@@ -299,6 +298,11 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
     return result
 
 
+def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The keys in which two configurations differ."""
+    return ", ".join(sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key)))
+
+
 def _check_folder(folder: Path, job: Job) -> None:
     """Raises unless `folder` is free, or holds this very job."""
     path = folder / CONFIG
@@ -309,8 +313,9 @@ def _check_folder(folder: Path, job: Job) -> None:
         except ValueError as error:
             raise StorageError(f"{path} is not readable JSON: choose another folder") from error
         if stored != wanted:
-            differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
-            raise StorageError(f"{folder} holds another run (it differs in {differing}): choose another folder")
+            raise StorageError(
+                f"{folder} holds another run (it differs in {differing(stored, wanted)}): choose another folder"
+            )
     elif folder.exists() and (not folder.is_dir() or any(path.suffix != PART for path in folder.iterdir())):
         raise StorageError(f"{folder} is not empty and holds no run: choose an empty or a new folder")
 
@@ -325,7 +330,6 @@ def _train(work: _Work, schedule: Schedule, folder: Path, listeners: Listeners) 
         evaluate=work.evaluate,
         identity=work.identity,
         whole=work.whole,
-        on_step=listeners.on_step,
         on_epoch=listeners.on_epoch,
     )
 
@@ -355,15 +359,13 @@ def _train_together(
 @torch.no_grad()
 def error_and_nll(model: nn.Module, split: Split) -> tuple[float, float]:
     """Error (a fraction) and mean negative log-likelihood (nats) of `model` in eval mode; its mode is given back."""
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     wrong, nll = 0.0, 0.0
-    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
-        logits = model(x.to(device)).float()
-        wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
-        nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
-    model.train(training)
+    with in_eval_mode(model):
+        for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+            logits = model(x.to(device)).float()
+            wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
+            nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
     return wrong / split.y.numel(), nll / split.y.numel()
 
 
@@ -408,10 +410,10 @@ def _keep_pictures(net: nn.Module, folder: Path, data: Data) -> None:
         if log_alpha is not None:
             counts, edges = torch.histogram(log_alpha.detach().double().cpu().clamp(-20, 20).flatten(), bins=80)
             histograms[site.name] = {"log_alpha": {"edges": edges.tolist(), "counts": counts.tolist()}}
-    replace_file(folder / "histograms.json", lambda path: path.write_text(json.dumps(histograms)))
+    replace_file(folder / HISTOGRAMS, lambda path: path.write_text(json.dumps(histograms)))
     first = folded(found[0].layer)[found[0].parameter].detach().cpu().contiguous()
     shape = {"input_shape": json.dumps(list(data.input_shape))}
-    replace_file(folder / "first_layer.safetensors", lambda path: save_file({"weight": first}, path, metadata=shape))
+    replace_file(folder / FIRST_LAYER, lambda path: save_file({"weight": first}, path, metadata=shape))
 
 
 def _versions() -> dict[str, str | None]:

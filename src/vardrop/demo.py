@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from vardrop.compare import onnx_call
-from vardrop.compress import ORIGINAL, RUN, Job, Listeners, compress
-from vardrop.errors import MissingExtraError
+from vardrop.compress import ORIGINAL, Job, Listeners, compress
 from vardrop.evaluate import load_small
 from vardrop.export import export_onnx
-from vardrop.files import replace_file
+from vardrop.files import RUN, replace_file
 from vardrop.io import load
 from vardrop.measure import latencies
 from vardrop.methods import SparseVD
+from vardrop.report import figures, report
 from vardrop.train import Schedule
 from vardrop.zoo import build_net, load_data
 
@@ -58,31 +58,24 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
     in_torch = latencies(nets, example)
     in_onnx = latencies({name: onnx_call(path, example) for name, path in files.items()})
     rows = {}
-    for name, figures in (("original", run["original"]), ("small", run["compacted"])):
+    for name, stage in (("original", run["original"]), ("small", run["compacted"])):
         rows[name] = {
-            **{key: figures[key] for key in ("error", "nonzero", "parameters", "bytes")},
+            **{key: stage[key] for key in ("error", "nonzero", "parameters", "bytes")},
             "onnx_bytes": files[name].stat().st_size,
             "seconds": in_torch[name],
             "onnx_seconds": in_onnx[name],
         }
     replace_file(folder / "demo.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    return Shown(rows, run["compacted"]["largest_difference"], picture=_draw(folder, rows), page=_page(folder))
-
-
-def _page(folder: Path) -> Path:
-    from vardrop.report import report
-
-    return report(folder)
+    return Shown(rows, run["compacted"]["largest_difference"], picture=_draw(folder, rows), page=report(folder))
 
 
 def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> Path:
     """Bars of the original against the small net, each scaled to the original."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise MissingExtraError("drawing", "report") from error
+    figures.need()
+    import matplotlib.figure
+
     keys = {
-        "nonzero": "non-zero weights",
+        "nonzero": "non-zero parameters",
         "parameters": "parameters",
         "bytes": "bytes on disk",
         "onnx_bytes": "bytes as ONNX",

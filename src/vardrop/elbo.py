@@ -51,6 +51,9 @@ class ELBO:
         nll: mean negative log-likelihood of the last call, nats per example.
         kl: :func:`kl` at the last call, nats, summed over all weights and not yet divided.
 
+    Raises:
+        InvalidValueError: `num_data`, `warmup` or `kl_factor` is something else.
+
     >>> elbo = vd.ELBO(num_data=100, warmup=vd.warmup.linear(epochs=2))
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> elbo.step_epoch(); elbo.step_epoch()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vardrop import metrics, uncertainty
 from vardrop.compare import Measured, measure
-from vardrop.compress import NOISY, ORIGINAL, RUN, SMALL
-from vardrop.errors import InvalidValueError, StorageError
+from vardrop.compress import NOISY, ORIGINAL, SMALL
+from vardrop.errors import InvalidValueError
 from vardrop.export import export_onnx
-from vardrop.files import replace_file
+from vardrop.files import EVALUATION, read_run, replace_file
 from vardrop.io import load
 from vardrop.metrics import Judged
 from vardrop.predict import draws
@@ -24,38 +24,37 @@ from vardrop.zoo import Data, Split, build_net, load_data, load_inputs
 
 BATCH = 200
 MEASURED = "measure.json"
-EVALUATION = "evaluation.json"
 PICTURE = "evaluation.png"
 MEASURES = {"entropy": "predictive_entropy", "mutual_information": "mutual_information"}
 HISTOGRAM_BINS = 40
+ONE_DRAW = "one draw"
+ONE_PASS = (figures.SMALL, figures.PRUNED, ONE_DRAW)
+"""The ways to predict in which no two draws can disagree."""
 
 Predictions = Callable[[Tensor], dict[str, Tensor]]
 """Gives the log probabilities ``(draws, N, classes, *)`` of a batch by each way to predict."""
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """What a finished run in `folder` says of itself.
-
-    Raises:
-        StorageError: there is no finished run, or its record is damaged.
-    """
-    path = folder / RUN
-    if not path.is_file():
-        raise StorageError(f"{path} does not exist: {folder} must be the folder of a finished `vardrop compress`")
-    try:
-        run: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise StorageError(f"{path} is not readable JSON ({error})") from error
-    return run
+def ensemble_of(samples: int) -> str:
+    """What the ensemble of so many draws is called among the ways to predict."""
+    return f"ensemble of {samples} draws"
 
 
 def load_small(folder: Path, data: Data) -> nn.Module:
-    """The small net of the run in `folder`, in eval mode."""
+    """The small net of the run in `folder`, in eval mode.
+
+    Raises:
+        StorageError: there is none, or it is damaged.
+    """
     return _load(folder, SMALL, data)
 
 
 def load_noisy(folder: Path, data: Data) -> nn.Module:
-    """The pruned net of the run in `folder` with its noise, in eval mode."""
+    """The pruned net of the run in `folder` with its noise, in eval mode.
+
+    Raises:
+        StorageError: there is none, or it is damaged.
+    """
     return _load(folder, NOISY, data)
 
 
@@ -97,8 +96,8 @@ def evaluate(
     def predictions(x: Tensor) -> dict[str, Tensor]:
         drawn = draws(noisy, x, samples=samples, generator=generator)
         with torch.no_grad():
-            ways = {"small net": small(x)[None], "pruned net": noisy(x)[None], "one draw": drawn[:1]}
-        ways[f"ensemble of {samples} draws"] = drawn
+            ways = {figures.SMALL: small(x)[None], figures.PRUNED: noisy(x)[None], ONE_DRAW: drawn[:1]}
+        ways[ensemble_of(samples)] = drawn
         return {way: logits.double().log_softmax(dim=2) for way, logits in ways.items()}
 
     known = _judged(predictions, data.test)
@@ -124,6 +123,11 @@ def measure_run(
 
     Without any batch size the nets are weighed alone.
     A run that keeps no plain original is measured against the net built anew: sizes and times depend on shapes alone.
+
+    Raises:
+        StorageError: there is no finished run in `folder`.
+        DataError: the data of the run cannot be had.
+        MissingExtraError: an extra is not installed.
     """
     data = _data(folder, data_root)
     stored = (folder / ORIGINAL).is_dir()
@@ -143,7 +147,13 @@ def measure_run(
 
 
 def export(folder: Path, path: Path, *, data_root: Path | None = None) -> None:
-    """Writes the small net of the run in `folder` to the ONNX file `path`."""
+    """Writes the small net of the run in `folder` to the ONNX file `path`.
+
+    Raises:
+        StorageError: there is no finished run in `folder`.
+        DataError: the data of the run cannot be had.
+        MissingExtraError: an extra is not installed.
+    """
     data = _data(folder, data_root)
     export_onnx(load_small(folder, data), path, example_inputs=data.test.x[:2])
 
@@ -184,7 +194,7 @@ def _figures(known: dict[str, Judged], unknown: dict[str, dict[str, Tensor]] | N
         histograms[way] = {}
         for name, outside in unknown[way].items():
             inside = getattr(judged, name)
-            told = way.startswith("ensemble") or name == "entropy"
+            told = name == "entropy" or way not in ONE_PASS
             rows[way][f"auroc_{name}"] = metrics.ood_auroc(inside, outside) if told else None
             if told:
                 histograms[way][name] = _histogram(inside, outside)

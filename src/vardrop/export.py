@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vardrop.errors import ConversionError, InvalidValueError, MissingExtraError, StorageError
+from vardrop.errors import ConversionError, MissingExtraError, StorageError
 from vardrop.files import replace_file
 from vardrop.sites import sites
+from vardrop.surgery.graph import as_batch
 from vardrop.surgery.plain import plain_copy
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
@@ -54,14 +55,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("export to ONNX", "onnx") from error
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    batches = isinstance(inputs, tuple) and all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs)
-    if not batches or not inputs:
-        shown = type(example_inputs).__name__ if not isinstance(inputs, tuple) else f"{example_inputs!r:.80}"
-        raise InvalidValueError(
-            f"example_inputs={shown}: must be a tensor or a tuple of tensors, each with a batch of at least one as its "
-            "first dimension"
-        )
+    inputs = as_batch(example_inputs)
     if any(site.noise.on for site in sites(model)):
         raise ConversionError("the noise of the model is switched on: call vardrop.noise(model, on=None) before export")
     plain = plain_copy(model, inputs).eval()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.elbo import kl
-from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
+from vardrop.errors import FastPathWarning, InvalidValueError
 from vardrop.fused import Fast, compile_kernel, normal
-from vardrop.sites import sites
+from vardrop.sites import sites_of_converted
 
 VARIANCES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,9 +51,7 @@ def fast(
     """
     if variance not in ("auto", *VARIANCES):
         raise InvalidValueError(f"variance={variance!r}: must be 'auto', 'float32' or 'bfloat16'")
-    found = list(sites(model))
-    if not found:
-        raise ConversionError("the model has no noisy layer: call vardrop.convert(model, method) first")
+    found = sites_of_converted(model)
     compiled = on and compiled and _can_compile(found[0].weight.device)
     for site in found:
         device = site.weight.device

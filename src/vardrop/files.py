@@ -1,14 +1,20 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""The files of a run's folder, and writing one so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vardrop.errors import StorageError
 
+RUN = "run.json"
+HISTOGRAMS = "histograms.json"
+FIRST_LAYER = "first_layer.safetensors"
+EVALUATION = "evaluation.json"
 PART = ".part"
 """Suffix of a file that is being written; one whose process was killed stays behind and is no one's."""
 
@@ -33,6 +39,22 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a finished run in `folder` says of itself.
+
+    Raises:
+        StorageError: there is no finished run, or its record is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise StorageError(f"{path} does not exist: {folder} must be the folder of a finished `vardrop compress`")
+    try:
+        run: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise StorageError(f"{path} is not readable JSON ({error})") from error
+    return run
 
 
 def size_on_disk(folder: str | Path) -> int:

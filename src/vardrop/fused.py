@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vardrop.errors import TrainingError
 from vardrop.lrt import VARIANCE_FLOOR, Operation, at_least_float32
 
 
@@ -200,7 +201,7 @@ class _Weigh(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, log_std, mask = ctx.inputs
         if (mean._version, log_std._version) != ctx.versions:
-            raise RuntimeError(
+            raise TrainingError(
                 "a noisy layer's weight or log_std was changed in place between its forward and its backward pass"
             )
         by_mean, by_variance, by_kl = gradients

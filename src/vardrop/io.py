@@ -30,7 +30,7 @@ from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
 from vardrop.sites import SLOTS, noises
 from vardrop.surgery.convert import attach
-from vardrop.surgery.reading import LAYERS
+from vardrop.surgery.reading import HOLDERS, LAYERS
 from vardrop.surgery.selection import InputSelection
 from vardrop.surgery.sizes import kind_of, make_room, resizable, resize, sizes
 
@@ -38,7 +38,6 @@ FORMAT = 1
 TENSORS = "model.safetensors"
 RECORD = "vardrop.json"
 CSR = "::csr."
-HOLDERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 LISTED = 8
 
 
@@ -463,7 +462,8 @@ def _is_cut(stored: tuple[int, ...], built: tuple[int, ...], owner: nn.Module) -
         return False
     if resizable(owner):
         return stored[2:] == built[2:]
-    return {base for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.modules.")} <= HOLDERS
+    own = {base for base in type(owner).__mro__ if base.__module__.startswith("torch.nn.modules.")}
+    return own <= {nn.Module, *HOLDERS}
 
 
 def _check_same(folder: Path, model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
+from vardrop.modes import in_eval_mode
 from vardrop.noise import InputGate
 from vardrop.sites import Site, folded, sites, tensor_of
 
@@ -91,7 +92,7 @@ def open_units(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[f
 
     handles = [gate.register_forward_pre_hook(count) for gate in gates]
     try:
-        with _eval([model]):
+        with in_eval_mode(model):
             for part in x.split(batch_size) if gates else ():
                 model(part)
     finally:
@@ -105,12 +106,15 @@ def flops(model: nn.Module, example_inputs: Inputs) -> int:
 
     Zeros count like other numbers, so this is what dense arithmetic costs. Elementwise operations do not count.
 
+    Raises:
+        InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs.
+
     >>> from vardrop.measure import flops
     >>> flops(torch.nn.Linear(4, 2), torch.ones(1, 4))
     16
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _eval([model]), _in_plain_operations(), counter:
+    with torch.no_grad(), in_eval_mode(model), _in_plain_operations(), counter:
         model(*_as_tuple(example_inputs))
     return int(counter.get_total_flops())
 
@@ -119,6 +123,9 @@ def latency(
     candidate: Candidate, example_inputs: Inputs | None = None, *, repeats: int = 200, threads: int = 1
 ) -> float:
     """Median seconds of a call of one `candidate`; to compare several, take :func:`latencies`.
+
+    Raises:
+        InvalidValueError: `repeats` or `threads` is below 1, or there is a module but no `example_inputs`.
 
     >>> from vardrop.measure import latency
     >>> latency(torch.nn.Linear(4, 2), torch.ones(1, 4), repeats=3) > 0
@@ -158,7 +165,7 @@ def latencies(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), _eval(c for c in candidates.values() if isinstance(c, nn.Module)):
+        with torch.inference_mode(), in_eval_mode(*(c for c in candidates.values() if isinstance(c, nn.Module))):
             for turn in range(-max(1, repeats // 10), repeats):
                 for name, call in calls.items():
                     started = perf_counter()
@@ -257,6 +264,9 @@ def summary(model: nn.Module, *, example_inputs: Inputs | None = None) -> Summar
     A weight is a parameter of two or more dimensions; a tied one is listed once. A number in a converted layer is
     alive until :func:`vardrop.prune` marks it dead, in a plain layer as long as it is not zero.
 
+    Raises:
+        InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs.
+
     >>> net = vd.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)), vd.ARD())
     >>> print(vd.summary(net, example_inputs=torch.ones(1, 4)).rows[0].total)
     8
@@ -319,19 +329,6 @@ def _without_noise(model: nn.Module, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those of `tensors` that are no parameters or buffers of a noise, each once."""
     noise = {tensor for site in sites(model) for tensor in (*site.noise.parameters(), *site.noise.buffers())}
     return [tensor for tensor in dict.fromkeys(tensors) if tensor not in noise]
-
-
-@contextmanager
-def _eval(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts `models` into eval mode, and each of their modules back into its own mode afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -54,6 +54,9 @@ class Judged(NamedTuple):
 def judge(log_probabilities: Tensor, y: Tensor) -> Judged:
     """Judges the ensemble of the draws ``(samples, N, classes, *)`` by the labels `y`, ``(N, *)``.
 
+    Raises:
+        InvalidValueError: the labels do not fit the log probabilities, or those are none.
+
     >>> draws = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]]).log()
     >>> vd.metrics.judge(draws, torch.tensor([1])).brier
     tensor([1.1250])

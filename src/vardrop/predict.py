@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import InvalidValueError
+from vardrop.layers import samples_outputs
 from vardrop.lrt import at_least_float32
+from vardrop.modes import in_eval_mode
 from vardrop.noise import Noise
 from vardrop.sites import Site, batched, sites
 
 LARGEST_PASS = 2**22
 """Elements of the largest tensor up to which drawing several samples in one pass is worth its memory."""
-LOCAL_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-"""Layers that sample their outputs; all others draw their weights."""
 
 
 class noise:
@@ -125,14 +125,8 @@ def draws(
 @contextmanager
 def _noisy_eval(model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
     """All of `model` in eval mode but its noise, and no gradients; modes and noise switches come back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), noise(model, on=True, generator=generator):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model), torch.no_grad(), noise(model, on=True, generator=generator):
+        yield
 
 
 def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iterator[Tensor]:
@@ -187,7 +181,7 @@ def _is_watched(model: nn.Module) -> bool:
 
 def _draws_whole_weight(site: Site) -> bool:
     local = getattr(site.noise, "sampling", "local") == "local"
-    return site.counts == "weights" and not (local and isinstance(site.layer, LOCAL_LAYERS))
+    return site.counts == "weights" and not (local and samples_outputs(site.layer))
 
 
 def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor | None:

@@ -45,14 +45,23 @@ def listeners_of(progress: Progress) -> Listeners:
 
 def result_table(result: dict[str, Any]) -> Table:
     """The figures of a run, stage by stage."""
-    table = Table("net", "test error %", "NLL", "non-zero weights", "parameters", "bytes on disk", "compression")
+    table = Table(
+        "net", "test error %", "NLL", "living weights", "compression", "parameters", "non-zero ones", "bytes on disk"
+    )
     for name in ("original", "trained", "pruned", "compacted"):
         row = result[name]
         if row is None:
             continue
-        cells = (count(row.get(key)) for key in ("nonzero", "parameters", "bytes"))
-        compression = f"{row['compression']:.1f}x" if "compression" in row else ""
-        table.add_row(name, f"{100 * row['error']:.2f}", f"{row['nll']:.4f}", *cells, compression)
+        table.add_row(
+            name,
+            f"{100 * row['error']:.2f}",
+            f"{row['nll']:.4f}",
+            count(row["nonzero"] if "total" in row else None),
+            f"{row['compression']:.1f}x" if "compression" in row else "",
+            count(row.get("parameters")),
+            count(row["nonzero"] if "parameters" in row else None),
+            count(row.get("bytes")),
+        )
     return table
 
 

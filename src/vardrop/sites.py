@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from vardrop.errors import InvalidValueError
+from vardrop.errors import ConversionError, InvalidValueError
 from vardrop.methods.base import Method
 from vardrop.noise import Gate, Noise, child, noises_of
 
@@ -73,6 +73,18 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 method.project(noise)
                 own = slot.removeprefix("noise").removeprefix(".")
                 yield Site(f"{name}.{own}".strip("."), layer, noise, method, parameter)
+
+
+def sites_of_converted(model: nn.Module) -> list[Site]:
+    """The :func:`sites` of `model`.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    found = list(sites(model))
+    if not found:
+        raise ConversionError("the model has no noisy layer: call vardrop.convert(model, method) first")
+    return found
 
 
 @contextmanager

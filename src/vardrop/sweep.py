@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from vardrop.compress import Job, Listeners, compress
+from vardrop.compress import Job, Listeners, compress, differing
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.files import replace_file
+from vardrop.report import figures
 from vardrop.train import Schedule
 from vardrop.zoo import load_data
 
@@ -111,7 +112,8 @@ def sweep(
         on_trial: told of each finished trial.
 
     Raises:
-        InvalidValueError: no validation data, nothing to search, or an unknown measure of size.
+        InvalidValueError: no validation data, an unknown measure of size, or `trials` below 1.
+        MissingExtraError: optuna is not installed.
         StorageError: `folder`, or `storage`, holds a study of the same name that searches something else.
     """
     if trials < 1:
@@ -176,9 +178,9 @@ def _study(
     wanted = json.loads(json.dumps({**job.config, "search": searched}))
     stored = study.user_attrs.get("job", wanted)
     if stored != wanted:
-        differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
         raise StorageError(
-            f"{storage or folder} holds another study of this name (it differs in {differing}): choose another folder"
+            f"{storage or folder} holds another study of this name (it differs in {differing(stored, wanted)}): "
+            "choose another folder"
         )
     study.set_user_attr("job", wanted)
     study.sampler = optuna.samplers.TPESampler(seed=job.schedule.seed + len(study.get_trials()))
@@ -235,11 +237,9 @@ def _point(trial: Any) -> Point:
 
 
 def _keep(folder: Path, points: list[Point], front: list[Point], against: Against) -> None:
-    from vardrop.report.figures import keep, trade_off
-
     stored = {"against": against, "front": [vars(point) for point in front], "all": [vars(point) for point in points]}
     replace_file(folder / FRONT, lambda path: path.write_text(json.dumps(stored, indent=1)))
-    figure = trade_off(
+    figure = figures.trade_off(
         [(point.size, point.error) for point in points], [(point.size, point.error) for point in front], against
     )
-    keep(figure, folder / PICTURE)
+    figures.keep(figure, folder / PICTURE)

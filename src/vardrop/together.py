@@ -73,6 +73,8 @@ def train_together(
         on_epoch: called after every epoch with the number of the member and its line of the history.
 
     Raises:
+        InvalidValueError: there are no members.
+        MissingExtraError: accelerate is not installed.
         ApartError: the runs differ in more than the seed, or cannot be batched; says why.
         TrainingError: a loss is no longer finite; names the seed and the step.
         StorageError: a checkpoint is foreign or damaged, or cannot be written.

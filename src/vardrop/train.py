@@ -118,7 +118,6 @@ def train(
     evaluate: Callable[[nn.Module], tuple[float | None, float | None]],
     identity: str,
     whole: Pruned | None = None,
-    on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Trains a converted `net` in place and returns the history, one entry an epoch.
@@ -136,10 +135,11 @@ def train(
         evaluate: gives the validation and the test error of the net in eval mode, each a fraction or ``None``.
         identity: a text that tells this run from others; a checkpoint with another one is refused.
         whole: what the history counts against; ``None`` for all that may live in `net`.
-        on_step: called after every step.
         on_epoch: called after every epoch with its line of the history, and first with the last stored one.
 
     Raises:
+        InvalidValueError: the net is to shrink, but in several processes.
+        MissingExtraError: accelerate is not installed.
         TrainingError: the loss is no longer finite; names the first layer concerned and the step.
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
     """
@@ -166,7 +166,7 @@ def train(
             shrink(net, optimizer, example)
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] = share * schedule.lr_at(epoch)
-        error, nll = _one_epoch(model, batches, optimizer, elbo, schedule.clip_norm, accelerator, on_step)
+        error, nll = _one_epoch(model, batches, optimizer, elbo, schedule.clip_norm, accelerator)
         valid_error, test_error = evaluate(net)
         counted = would_live(net).against(whole)
         history.append(
@@ -212,7 +212,6 @@ def _one_epoch(
     elbo: ELBO,
     clip_norm: float | None,
     accelerator: Any,
-    on_step: Callable[[], None],
 ) -> tuple[float, float]:
     """Training error (fraction) and mean negative log-likelihood (nats) of one pass, both under noise."""
     device = accelerator.device
@@ -239,7 +238,6 @@ def _one_epoch(
         wrong += (logits.detach().argmax(dim=1) != y).sum()
         nll += elbo.nll * y.numel()
         count += y.numel()
-        on_step()
     wrong, nll, total = accelerator.reduce(
         torch.stack([wrong, nll, torch.tensor(float(count), device=device)])
     ).tolist()

@@ -21,6 +21,9 @@ ROUNDING = 1e-3
 def predictive_log_probabilities(log_probabilities: Tensor) -> Tensor:
     """Log of the mean probabilities, ``(N, classes, *)``: the prediction of the ensemble.
 
+    Raises:
+        InvalidValueError: they are not log probabilities ``(samples, N, classes, *)``.
+
     Source: arXiv:1506.02142, equation 6.
 
     >>> vd.uncertainty.predictive_log_probabilities(torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]]).log()).exp()
@@ -33,6 +36,9 @@ def predictive_log_probabilities(log_probabilities: Tensor) -> Tensor:
 def predictive_entropy(log_probabilities: Tensor) -> Tensor:
     """Entropy of the mean probabilities: all uncertainty, that of the data and that of the weights.
 
+    Raises:
+        InvalidValueError: they are not log probabilities ``(samples, N, classes, *)``.
+
     Source: arXiv:1703.02910, section 3.
 
     >>> vd.uncertainty.predictive_entropy(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).log())
@@ -43,6 +49,9 @@ def predictive_entropy(log_probabilities: Tensor) -> Tensor:
 
 def expected_entropy(log_probabilities: Tensor) -> Tensor:
     """Mean entropy of the draws: the uncertainty of the data, which no more data would take away.
+
+    Raises:
+        InvalidValueError: they are not log probabilities ``(samples, N, classes, *)``.
 
     Source: arXiv:1703.02910, section 3.
 
@@ -57,6 +66,9 @@ def mutual_information(log_probabilities: Tensor) -> Tensor:
 
     It is the predictive minus the expected entropy, summed here from the divergences of the draws from their mean, of
     which none is negative, so that no digits are lost where both entropies are large.
+
+    Raises:
+        InvalidValueError: they are not log probabilities ``(samples, N, classes, *)``.
 
     Source: arXiv:1112.5745, equation 2, and arXiv:1703.02910, section 3.
 
@@ -73,6 +85,9 @@ def variance(log_probabilities: Tensor) -> Tensor:
     """Variance over the draws of each class's probability, ``(N, classes, *)``.
 
     By the law of total variance it is that part of the label's variance ``p (1 - p)`` that is due to the weights.
+
+    Raises:
+        InvalidValueError: they are not log probabilities ``(samples, N, classes, *)``.
 
     Source: arXiv:1703.04977, section 2.
 

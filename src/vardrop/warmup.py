@@ -23,6 +23,9 @@ def linear(epochs: int, *, start: int = 0) -> Schedule:
 
     ``linear(20)`` is the schedule of arXiv:1811.00596, ``linear(20, start=5)`` that of arXiv:1701.05369 on MNIST.
 
+    Raises:
+        InvalidValueError: unless ``0 <= start < epochs``.
+
     >>> [vd.warmup.linear(epochs=4)(epoch) for epoch in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
@@ -31,6 +34,9 @@ def linear(epochs: int, *, start: int = 0) -> Schedule:
 
 def cubic(epochs: int, *, start: int = 0) -> Schedule:
     """Like :func:`linear`, but the cube of the line: slow at first.
+
+    Raises:
+        InvalidValueError: unless ``0 <= start < epochs``.
 
     >>> vd.warmup.cubic(epochs=2)(1)
     0.125

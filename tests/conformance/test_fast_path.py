@@ -16,7 +16,7 @@ import vardrop as vd
 from vardrop import fused, lrt
 from vardrop.elbo import kl
 from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
-from vardrop.noise import Layout
+from vardrop.noise import AdditiveNoise, Layout
 from vardrop.zoo import build_net, load_data
 
 fast_room = importlib.import_module("vardrop.fast")
@@ -259,6 +259,18 @@ def test_a_weight_changed_before_its_backward_is_an_error():
         net.weight.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
         loss.backward()
+
+
+@compiler
+def test_a_method_of_ones_own_on_the_base_class_takes_the_fast_path():
+    class Mine(vd.Method):
+        def noise(self, weight, layout):
+            return AdditiveNoise(weight, -3.0)
+
+    net = vd.fast(vd.convert(nn.Linear(6, 4), Mine()))
+    x = torch.randn(3, 6)
+    net(x).sum().backward()
+    torch.testing.assert_close(net.weight.grad, x.sum(dim=0).expand(4, 6))
 
 
 @compiler

@@ -20,7 +20,8 @@ from vardrop import cli
 from vardrop.cli import make_method
 from vardrop.compress import Job, compress, error_and_nll
 from vardrop.errors import InvalidValueError, StorageError
-from vardrop.evaluate import load_small, read_run
+from vardrop.evaluate import load_small
+from vardrop.files import read_run
 from vardrop.report import report
 from vardrop.train import Schedule
 from vardrop.zoo import build_net, load_data
@@ -164,6 +165,14 @@ def test_the_package_itself_runs_as_the_command_line():
         [sys.executable, "-m", "vardrop", "reproduce", "--seeds", "-1"], capture_output=True, text=True
     )
     assert done.returncode == 1 and "seeds=-1" in done.stderr
+
+
+def test_what_only_the_stored_run_has_is_named_too(finished, tmp_path):
+    folder, _ = finished
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"parts": {}}))
+    again = vardrop("compress", "lenet-300-100", "--validation", 100, "--out", tmp_path, *FAST)
+    assert again.returncode == 1 and "holds another run (it differs in parts)" in again.stderr
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):

@@ -109,6 +109,8 @@ def test_what_cannot_be_measured_is_refused():
         vd.measure(net, net, example_inputs=x, batch_sizes=(0,))
     with pytest.raises(InvalidValueError, match="must be a tensor or a tuple of tensors"):
         vd.measure(net, net, example_inputs=torch.zeros(0, 6))
+    with pytest.raises(InvalidValueError, match="example_inputs=int: must be a tensor or a tuple of tensors"):
+        vd.measure(net, net, example_inputs=3)
 
 
 def test_onnxruntime_that_is_missing_is_named(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
+from vardrop.layers import samples_outputs
 
 
 @pytest.fixture
@@ -117,3 +118,8 @@ def test_another_class_of_that_name_is_not_taken_for_it():
 
     net = vd.convert(nn.Sequential(nn.Linear(2, 2), Conv1D()), vd.ARD())
     assert [site.name for site in vd.sites(net)] == ["0"]
+
+
+def test_it_samples_its_outputs_so_many_draws_fit_into_one_pass(conv1d):
+    net = vd.convert(nn.Sequential(conv1d(4, 6)), vd.ARD())
+    assert samples_outputs(net[0]) and not samples_outputs(nn.LSTM(4, 6))

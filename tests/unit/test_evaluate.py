@@ -10,7 +10,8 @@ import torch
 import vardrop as vd
 from vardrop.compress import NOISY, Job, compress
 from vardrop.errors import DataError, InvalidValueError, MissingExtraError
-from vardrop.evaluate import BATCH, EVALUATION, PICTURE, evaluate
+from vardrop.evaluate import BATCH, PICTURE, evaluate
+from vardrop.files import EVALUATION
 from vardrop.report import report
 from vardrop.train import Schedule
 from vardrop.zoo import build_net, load_data

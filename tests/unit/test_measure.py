@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
+from vardrop.compress import error_and_nll
 from vardrop.errors import InvalidValueError
 from vardrop.measure import (
     Row,
@@ -21,6 +22,7 @@ from vardrop.measure import (
     open_units,
 )
 from vardrop.noise import InputGate
+from vardrop.zoo import Split, load_data
 
 
 def net():
@@ -240,3 +242,13 @@ def test_open_units_are_counted_for_an_average_input():
     x = torch.stack([torch.full((2, 2, 2), 0.9), torch.zeros(2, 2, 2)])
     assert open_units(net, x, batch_size=1) == [1.0, 7.0]
     assert open_units(nn.Linear(2, 2), torch.randn(3, 2)) == []
+
+
+def test_a_frozen_part_keeps_its_mode_where_a_net_is_only_looked_at():
+    model = nn.Sequential(nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Linear(3, 10))
+    model[1].eval()
+    data = load_data("digits")
+    flat = Split(data.test.x.flatten(1), data.test.y)
+    error_and_nll(model, flat)
+    flops(model, flat.x[:1])
+    assert model.training and not model[1].training

@@ -45,12 +45,19 @@ def test_every_net_has_a_line_of_help():
         ("mlp-wide", "'mlp-wide': mlp takes a width"),
         ("conv-small--1", "takes a scale"),
         ("vgg-like-0", "takes a factor on its widths"),
+        ("mlp-0.5", "takes a width such as mlp-340, a whole number"),
+        ("qqqq", r"net 'qqqq' is unknown\. Known are: lenet-300-100"),
         ("nowhere.py:net", "there is no file nowhere.py"),
     ],
 )
 def test_unknown_nets_are_refused(spec, message):
     with pytest.raises(InvalidValueError, match=message):
         build_net(spec, input_shape=(1, 28, 28), num_classes=10)
+
+
+def test_no_layer_is_too_narrow_to_be_one():
+    net = build_net("conv-small-0.01", input_shape=(1, 28, 28), num_classes=10)
+    assert net[0].out_channels == net[2].out_channels == net[5].out_features == 1
 
 
 def test_small_images_do_not_fit_lenet_5():

@@ -54,6 +54,9 @@ def log_uniform_kl(mean: Tensor, log_std: Tensor, form: Literal["exact", "sigmoi
     Returns:
         Nats, of the broadcast shape, in float32 or better.
 
+    Raises:
+        InvalidValueError: `form` is something else.
+
     Source: arXiv:1506.02557, section 3.3, and arXiv:1701.05369.
 
     >>> from vardrop import functional as F
@@ -75,6 +78,9 @@ def log_uniform_kl(mean: Tensor, log_std: Tensor, form: Literal["exact", "sigmoi
 
 def log_uniform_kl_from_log_alpha(log_alpha: Tensor, form: Literal["exact", "sigmoid", "cubic"] = "exact") -> Tensor:
     """:func:`log_uniform_kl` of the rate ``alpha`` itself, for methods that share one among many weights.
+
+    Raises:
+        InvalidValueError: `form` is something else.
 
     Source: arXiv:1506.02557, section 3.3.
 

@@ -24,6 +24,9 @@ def kumaraswamy_beta_kl(a: Tensor, b: Tensor, alpha_over_k: float) -> Tensor:
         b: positive, of the same shape.
         alpha_over_k: the prior's parameter, above 0.
 
+    Raises:
+        InvalidValueError: unless ``alpha_over_k > 0``.
+
     Source: arXiv:1805.10896, equation 16, with alpha / K where the print has alpha.
 
     >>> from vardrop import functional as F

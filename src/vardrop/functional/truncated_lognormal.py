@@ -55,6 +55,9 @@ def truncated_lognormal_kl(mu: Tensor, log_sigma: Tensor, low: float = -20.0, hi
 def truncated_lognormal_mean(mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0) -> Tensor:
     """``E theta``: what a unit is multiplied by in a deterministic pass.
 
+    Raises:
+        InvalidValueError: unless ``low < high``.
+
     Source: arXiv:1705.07283, equation 20.
 
     >>> from vardrop import functional as F
@@ -67,6 +70,9 @@ def truncated_lognormal_mean(mu: Tensor, log_sigma: Tensor, low: float = -20.0, 
 
 def truncated_lognormal_snr(mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0) -> Tensor:
     """``E theta / std theta``, at most 1e6; formed in float64. A unit dies at 1 or below.
+
+    Raises:
+        InvalidValueError: unless ``low < high``.
 
     Source: arXiv:1705.07283, equation 21.
 
@@ -82,6 +88,9 @@ def truncated_lognormal_snr(mu: Tensor, log_sigma: Tensor, low: float = -20.0, h
 
 def truncated_lognormal_icdf(u: Tensor, mu: Tensor, log_sigma: Tensor, low: float = -20.0, high: float = 0.0) -> Tensor:
     """``theta`` at the quantile `u`: the sampler, for uniform `u`, held in [1e-6, 1 - 1e-6].
+
+    Raises:
+        InvalidValueError: unless ``low < high``.
 
     Source: arXiv:1705.07283, equation 19.
 

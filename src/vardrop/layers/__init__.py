@@ -85,3 +85,8 @@ def takes_gates(kind: type[nn.Module]) -> bool:
 def shows_units(layer: nn.Module) -> bool:
     """Whether the units of a plain or noisy `layer` are numbers in its input, rather than words looked up."""
     return not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+
+
+def samples_outputs(layer: nn.Module) -> bool:
+    """Whether local reparameterisation applies to a noisy `layer`; all others draw their weights."""
+    return shows_units(layer) and not isinstance(layer, nn.RNNBase | nn.MultiheadAttention)

@@ -51,7 +51,8 @@ class Method:
     """The method of the stage before this one, if there is one."""
     by_ensemble: ClassVar[bool] = False
     """Whether a trained net may know nothing in a quiet pass, so that only :func:`vardrop.predict` shows its worth."""
-    default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
+    kl_is_short: ClassVar[bool] = False
+    """Whether a weight's KL is a divergence of few enough operations to be worth compiling with its noise."""
 
     @classmethod
     def command_name(cls) -> str:
@@ -118,8 +119,7 @@ class WeightMethod(Method):
             and embeddings always draw the weight.
     """
 
-    kl_is_short: ClassVar[bool] = False
-    """Whether a weight's KL is a divergence of few enough operations to be worth compiling with its noise."""
+    default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
     rule: RuleName | None = None
     threshold: float | None = None
     sampling: Literal["local", "weight"] = "local"
@@ -130,8 +130,8 @@ class WeightMethod(Method):
                 f"{type(self).__name__}(rule=None, threshold={self.threshold}): a threshold needs a rule"
             )
         if self.rule is not None:
-            _check_choice(self, "rule", self.rule, tuple(self.default_thresholds))
-        _check_choice(self, "sampling", self.sampling, ("local", "weight"))
+            check_choice(self, "rule", tuple(self.default_thresholds))
+        check_choice(self, "sampling", ("local", "weight"))
         _check_numbers(self)
 
     def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
@@ -175,7 +175,7 @@ class GateMethod(Method):
     kl_factor: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_choice(self, "place", self.place, ("auto", "input", "output"))
+        check_choice(self, "place", ("auto", "input", "output"))
         _check_numbers(self)
         check_range(self, "kl_factor", above=0.0, below=1e6, closed=True)
 
@@ -219,7 +219,9 @@ def _check_number(method: Method, field: Field[Any]) -> None:
         raise InvalidValueError(f"{type(method).__name__}({field.name}={value!r}): must be {wanted}")
 
 
-def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(method: Method, field: str, allowed: tuple[str, ...]) -> None:
+    """Raises unless the value of `field` is among those `allowed`, naming method, field and value."""
+    value = getattr(method, field)
     if value not in allowed:
         raise InvalidValueError(
             f"{type(method).__name__}({field}={value!r}): must be one of {', '.join(map(repr, allowed))}"
@@ -228,7 +230,7 @@ def _check_choice(method: Method, field: str, value: str, allowed: tuple[str, ..
 
 def check_on(method: WeightMethod, on: str) -> None:
     """Raises unless `on` is ``"weights"``, or ``"inputs"`` without what only weights have: a rule and a sampling."""
-    _check_choice(method, "on", on, ("weights", "inputs"))
+    check_choice(method, "on", ("weights", "inputs"))
     if on == "inputs" and (method.rule is not None or method.sampling != "local"):
         raise InvalidValueError(
             f"{type(method).__name__}(on='inputs', rule={method.rule!r}, sampling={method.sampling!r}): "

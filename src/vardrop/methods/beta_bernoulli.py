@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -13,6 +14,7 @@ from vardrop.methods.base import GateMethod, Paper, check_range
 from vardrop.noise import BetaBernoulliGate, Layout, Noise
 
 LEAST_RAW, GREATEST_RAW_B = -10.0, 50.0
+LEAST = math.log1p(math.exp(LEAST_RAW))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class BetaBernoulli(GateMethod):
         super().__post_init__()
         for field in ("alpha_over_k", "temperature"):
             check_range(self, field, above=0.0)
-        check_range(self, "init_a", above=4.6e-5)
-        check_range(self, "init_b", above=4.6e-5, below=GREATEST_RAW_B)
+        check_range(self, "init_a", above=LEAST)
+        check_range(self, "init_b", above=LEAST, below=GREATEST_RAW_B)
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         return BetaBernoulliGate(

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from vardrop import functional as F
 from vardrop.methods.base import GateMethod, Method, Paper, check_range
-from vardrop.methods.beta_bernoulli import LEAST_RAW, BetaBernoulli
+from vardrop.methods.beta_bernoulli import LEAST, BetaBernoulli
 from vardrop.noise import BetaBernoulliGate, DependentGate, Layout, Noise
 
 
@@ -69,8 +67,7 @@ class DependentBetaBernoulli(GateMethod):
         )
 
     def continues(self, noise: Noise, first: Noise) -> None:
-        least_a = float(softplus(torch.tensor(LEAST_RAW)))
-        cast(DependentGate, noise).take_over(cast(BetaBernoulliGate, first), least_a)
+        cast(DependentGate, noise).take_over(cast(BetaBernoulliGate, first), LEAST)
 
     def kl(self, noise: Noise, weight: Tensor) -> Tensor:
         gate = cast(DependentGate, noise)

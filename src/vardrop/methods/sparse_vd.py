@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vardrop import functional as F
 from vardrop.methods.additive import AdditiveMethod
-from vardrop.methods.base import Paper, RuleName, _check_choice
+from vardrop.methods.base import Paper, RuleName, check_choice
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SparseVD(AdditiveMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "form", self.form, ("exact", "sigmoid"))
+        check_choice(self, "form", ("exact", "sigmoid"))
 
     def divergence(self, mean: Tensor, log_std: Tensor) -> Tensor:
         return F.log_uniform_kl(mean, log_std, form=self.form)

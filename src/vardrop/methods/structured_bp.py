@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vardrop import functional as F
 from vardrop.errors import InvalidValueError
-from vardrop.methods.base import GateMethod, Paper, _check_choice, check_range
+from vardrop.methods.base import GateMethod, Paper, check_choice, check_range
 from vardrop.noise import Layout, Noise, TruncatedLogNormalGate
 
 LEAST, GREATEST = -20.0, 5.0
@@ -56,7 +56,7 @@ class StructuredBP(GateMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "draws", self.draws, ("batch", "example"))
+        check_choice(self, "draws", ("batch", "example"))
         for field in ("init_mu", "init_log_sigma"):
             check_range(self, field, above=LEAST, below=GREATEST, closed=True)
         if not -math.inf < self.low < self.high < math.inf:

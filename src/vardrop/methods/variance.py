@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vardrop import functional as F
 from vardrop.errors import InvalidValueError
-from vardrop.methods.base import Paper, WeightMethod, _check_choice, check_range
+from vardrop.methods.base import Paper, WeightMethod, check_choice, check_range
 from vardrop.noise import AdditiveNoise, Layout, MultiplicativeNoise, Noise, ZeroMeanNoise
 
 PARAMETERISATIONS = ("zero-mean", "layer", "input", "output", "weight", "additive")
@@ -63,7 +63,7 @@ class VarianceNetwork(WeightMethod):
                 "judges a weight by its mean and would find all of them dead; SparseVD prunes"
             )
         super().__post_init__()
-        _check_choice(self, "parameterisation", self.parameterisation, PARAMETERISATIONS)
+        check_choice(self, "parameterisation", PARAMETERISATIONS)
         for field in ("init_log_alpha", "init_log_std"):
             check_range(self, field, above=-40.0, below=40.0, closed=True)
         if self.alpha_lr is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vardrop import functional as F
 from vardrop.errors import InvalidValueError
-from vardrop.methods.base import Paper, WeightMethod, _check_choice, check_on, check_range
+from vardrop.methods.base import Paper, WeightMethod, check_choice, check_on, check_range
 from vardrop.methods.dropout import GaussianDropout
 from vardrop.noise import Layout, MultiplicativeGate, MultiplicativeNoise, Noise
 
@@ -45,8 +45,8 @@ class VariationalDropout(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "alpha", self.alpha, SHARING)
-        _check_choice(self, "form", self.form, ("exact", "sigmoid", "cubic"))
+        check_choice(self, "alpha", SHARING)
+        check_choice(self, "form", ("exact", "sigmoid", "cubic"))
         check_range(self, "init_log_alpha", below=0.0, closed=True)
         check_on(self, self.on)
         if self.on == "inputs" and self.alpha not in ("layer", "input"):

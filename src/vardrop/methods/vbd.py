@@ -11,7 +11,7 @@ from torch import Tensor
 from vardrop import functional as F
 from vardrop.errors import InvalidValueError
 from vardrop.methods.additive import AdditiveMethod
-from vardrop.methods.base import Paper, RuleName, _check_choice
+from vardrop.methods.base import Paper, RuleName, check_choice
 from vardrop.noise import Layout, MultiplicativeNoise, Noise
 
 SHARING = ("layer", "input", "output", "weight")
@@ -52,7 +52,7 @@ class VBD(AdditiveMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "alpha", self.alpha, SHARING)
+        check_choice(self, "alpha", SHARING)
         if not 0.0 <= self.low < self.high:
             raise InvalidValueError(f"VBD(low={self.low}, high={self.high}): must satisfy 0 <= low < high")
         if self.alpha != "weight" and self.train_clip:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vardrop import fused
+from vardrop.errors import TrainingError
 from vardrop.lrt import Operation, source
 from vardrop.noise.base import Noise
 
@@ -113,12 +114,12 @@ class AdversarialNoise(BernoulliNoise):
         `gradients` are those of the loss in the products of ``first``, which is forgotten.
 
         Raises:
-            RuntimeError: inputs were changed in place since.
+            TrainingError: inputs were changed in place since.
         """
         passes, self.first = self.first or [], None
         for done, gradient in zip(passes, gradients, strict=True):
             if done.value._version != done.version:
-                raise RuntimeError(
+                raise TrainingError(
                     "the inputs of a layer with adversarial dropout were changed in place after its pass"
                 )
             slope = (gradient * done.value).sum_to_size(done.factors.shape)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 INK = "#7a828e"
 COLOURS = ("#3b82c4", "#e0803a", "#4aa564", "#b05fb0", "#c2504f", "#8a7a5c")
 UNITS_SHOWN = 40
+SMALL, PRUNED = "small net", "pruned net"
+"""The ways to predict without noise, as an evaluation calls them."""
 
 
 def keep(figure: Figure, path: Path) -> None:
@@ -104,7 +106,7 @@ def trade_off(points: list[tuple[float, float]], front: list[tuple[float, float]
 
 def uncertainty(record: dict[str, Any]) -> Figure:
     """Reliability diagrams of an evaluation, and its uncertainty on known and strange inputs where it has them."""
-    ways = [way for way in record["rows"] if way != "small net"]
+    ways = [way for way in record["rows"] if way != SMALL]
     rows = 2 if record["histograms"] else 1
     figure, axes = _panels(rows, len(ways), (3.4 * len(ways), 2.9 * rows))
     for axis, way in zip(axes, ways, strict=False):
@@ -126,7 +128,7 @@ def ood(records: dict[str, dict[str, Any]]) -> Figure:
 
 def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
     """Shares of known and of strange inputs by entropy of the quiet pass, and both measures of the ensemble."""
-    drawn = [(way, name) for way in ("pruned net", *list(record["rows"])[-1:]) for name in record["histograms"][way]]
+    drawn = [(way, name) for way in (PRUNED, *list(record["rows"])[-1:]) for name in record["histograms"][way]]
     for axis, (way, name) in zip(axes, drawn, strict=True):
         found = record["histograms"][way][name]
         for kind, label in (("inside", "test data"), ("outside", "strange inputs")):

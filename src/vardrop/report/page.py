@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from vardrop.errors import StorageError
-from vardrop.files import replace_file
+from vardrop.files import EVALUATION, FIRST_LAYER, HISTOGRAMS, read_run, replace_file
+from vardrop.methods.base import WeightMethod
 from vardrop.report import figures
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ STAGES = (
     ("compacted", "compacted"),
 )
 COLUMNS = (
-    ("nonzero", "non-zero", "{:,}"),
-    ("compression", "compression", "{:.1f}x"),
-    ("parameters", "parameters", "{:,}"),
-    ("bytes", "bytes on disk", "{:,}"),
+    ("nonzero", "total", "living weights", "{:,}"),
+    ("compression", "compression", "compression", "{:.1f}x"),
+    ("parameters", "parameters", "parameters", "{:,}"),
+    ("nonzero", "parameters", "non-zero ones", "{:,}"),
+    ("bytes", "bytes", "bytes on disk", "{:,}"),
 )
+"""A figure of a stage, the one that must stand beside it for it to mean what the label says, the label, and a form."""
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -60,14 +62,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         MissingExtraError: the extra ``report`` is not installed.
     """
     folder = Path(folder)
-    path = folder / "run.json"
-    if not path.is_file():
-        raise StorageError(f"{path} does not exist: {folder} must be the folder of a finished `vardrop compress`")
-    try:
-        run = json.loads(path.read_text())
-    except ValueError as error:
-        raise StorageError(f"{path} is not readable JSON ({error})") from error
-    page = _page(folder, run)
+    page = _page(folder, read_run(folder))
     target = folder / "report.html" if out is None else Path(out)
     replace_file(target, lambda aside: aside.write_text(page))
     return target
@@ -76,9 +71,9 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 def _page(folder: Path, run: dict[str, Any]) -> str:
     config, history = run["config"], run["history"]
     title = f"{config['net']} on {config['data']}, {config['method']['name']}"
-    histograms = _json(folder / "histograms.json")
+    histograms = _json(folder / HISTOGRAMS)
     threshold = _threshold(config["method"])
-    evaluation = _json(folder / "evaluation.json")
+    evaluation = _json(folder / EVALUATION)
     sections = [
         ("Figures on the test data", _figures_table(run)),
         ("Training", _picture(figures.training_curves(history)) if history else None),
@@ -91,7 +86,7 @@ def _page(folder: Path, run: dict[str, Any]) -> str:
             _picture(figures.log_alpha_histograms(histograms, threshold)) if histograms else None,
         ),
         ("Uncertainty, by `vardrop evaluate`", _picture(figures.uncertainty(evaluation)) if evaluation else None),
-        ("First layer: surviving weights", _first_layer(folder / "first_layer.safetensors")),
+        ("First layer: surviving weights", _first_layer(folder / FIRST_LAYER)),
         ("Configuration", _config_table(config)),
     ]
     body = "".join(
@@ -116,13 +111,14 @@ def _headline(run: dict[str, Any]) -> str:
 
 
 def _figures_table(run: dict[str, Any]) -> str:
-    head = ["net", "error %", "NLL, nats", *(label for _, label, _ in COLUMNS)]
+    head = ["net", "error %", "NLL, nats", *(label for _, _, label, _ in COLUMNS)]
     rows = []
     for key, label in STAGES:
         stage = run.get(key)
         if stage is not None:
             cells = [label, f"{100 * stage['error']:.2f}", f"{stage['nll']:.4f}"]
-            rows.append(cells + [form.format(stage[name]) if name in stage else "" for name, _, form in COLUMNS])
+            cells += [form.format(stage[name]) if beside in stage else "" for name, beside, _, form in COLUMNS]
+            rows.append(cells)
     return _table(head, rows)
 
 
@@ -161,7 +157,8 @@ def _threshold(method: dict[str, Any]) -> float | None:
     """The bar on log alpha, where the method's rule is one on log alpha."""
     if method.get("rule") != "log_alpha":
         return None
-    return 3.0 if method.get("threshold") is None else float(method["threshold"])
+    own = method.get("threshold")
+    return WeightMethod.default_thresholds["log_alpha"] if own is None else float(own)
 
 
 def _json(path: Path) -> Any:

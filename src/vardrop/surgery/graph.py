@@ -21,7 +21,6 @@ from torch.fx import Graph as Traced
 from torch.fx import Node
 
 from vardrop.errors import GraphError, InvalidValueError
-from vardrop.surgery.layer_rules import convolution, linear, product
 from vardrop.surgery.reading import (
     Balance,
     FixedSize,
@@ -33,8 +32,7 @@ from vardrop.surgery.reading import (
     line_of,
     operation,
 )
-from vardrop.surgery.recurrent_rules import embedding, recurrent
-from vardrop.surgery.rules import RULES
+from vardrop.surgery.rules import MAKERS, RULES
 from vardrop.surgery.units import Value
 
 
@@ -129,6 +127,23 @@ def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
 
 
+def as_batch(example_inputs: Any) -> tuple[Tensor, ...]:
+    """`example_inputs` as a tuple of tensors with a batch of at least one.
+
+    Raises:
+        InvalidValueError: they are something else.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    batches = isinstance(inputs, tuple) and all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs)
+    if not batches or not inputs:
+        shown = f"{inputs!r:.80}" if isinstance(inputs, tuple) else type(inputs).__name__
+        raise InvalidValueError(
+            f"example_inputs={shown}: must be a tensor or a tuple of tensors, each with a batch of at least one as its "
+            "first dimension"
+        )
+    return inputs
+
+
 def read(
     model: nn.Module,
     arguments: tuple[Any, ...],
@@ -194,7 +209,7 @@ def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
         _refuse_lost_writes(reading, node)
     rule = RULES.get(name)
     carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
-    if name.startswith("_assert") or not (carrying or rule in (linear, product, convolution, embedding, recurrent)):
+    if name.startswith("_assert") or not (carrying or rule in MAKERS):
         return None
     if rule is not None:
         return rule(reading, node)

@@ -95,7 +95,7 @@ def _read(reading: Reading, call: _Call) -> Outcome:
     plain = reading.is_plain_call(call.node, weight_name)
     if call.groups > 1 and not plain:
         return _keep(reading, call, f"{weight_name} is called as a function with a fixed number of groups")
-    value = _input(reading, call)
+    value = reading.units(call.source, call.dim, f"{operation(call.node)} mixes another dimension than its units'")
     weights = canonical(weight, call.groups, call.transposed)
     reads = (weights != 0).any(-1)
     moves = value.known & ((value.const == 0) | (call.obstacle == ""))
@@ -124,14 +124,6 @@ def _read(reading: Reading, call: _Call) -> Outcome:
         blocks = zip(value.ids.view(call.groups, -1), outputs.ids.view(call.groups, -1), strict=True)
         reading.balance(f"the groups of {owner}", tuple(blocks), may_vanish=True)
     return outputs
-
-
-def _input(reading: Reading, call: _Call) -> Value:
-    value = reading.value(call.source)
-    if value is not None and value.dim == call.dim:
-        return value
-    reading.pin(value, f"{operation(call.node)} mixes another dimension than its units'")
-    return reading.fixed(shape(call.source)[call.dim], call.dim, "not made by a layer that can be cut")
 
 
 def _keep(reading: Reading, call: _Call, why: str) -> Outcome:

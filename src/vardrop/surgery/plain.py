@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import GraphError
+from vardrop.modes import in_eval_mode
 from vardrop.sites import noises, sites
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import equal, run
@@ -36,25 +37,23 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
         return copy
     for site in noisy:
         site.noise.on = False
-    modes = {module: module.training for module in copy.modules()}
-    copy.eval()
     inputs = as_arguments(example_inputs)
-    try:
-        expected = run(copy, inputs)
-        strip(copy)
-        found = run(copy, inputs)
-    except Exception:
-        found = expected = []  # what does not run is named by whatever runs it next
-        strip(copy)
-    if not equal(expected, found) and equal(found, run(copy, inputs)):
+    with in_eval_mode(copy):
+        try:
+            expected = run(copy, inputs)
+            strip(copy)
+            found = run(copy, inputs)
+        except Exception:
+            found = expected = []  # what does not run is named by whatever runs it next
+            strip(copy)
+        differs = not equal(expected, found) and equal(found, run(copy, inputs))
+    if differs:
         name = _used_elsewhere(model, inputs, expected)
         which = "a weight that has noise or a gate" if name is None else f"the weight of layer {name!r}"
         raise GraphError(
             f"without its noise the model gives other outputs: {which} is also used outside its layer, tied to another "
             f"one or read in a forward; leave that layer out with exclude={name or ''!r}, and convert anew"
         )
-    for module, training in modes.items():
-        module.training = training
     return copy
 
 

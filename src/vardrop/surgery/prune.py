@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vardrop.errors import ConversionError, EmptyLayerWarning, InvalidValueError
-from vardrop.sites import Site, sites
+from vardrop.errors import EmptyLayerWarning, InvalidValueError
+from vardrop.sites import Site, sites, sites_of_converted
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class Pruned:
     def compression(self) -> float:
         """``|W| / |W != 0|`` over the weights of the converted layers, biases not counted (arXiv:1811.00596).
 
-        One for a model without converted layers.
+        Infinite where all are dead, one for a model without converted layers.
         """
-        return self.total / self.alive if self.alive else 1.0
+        if not self.alive:
+            return math.inf if self.total else 1.0
+        return self.total / self.alive
 
     @property
     def units(self) -> str:
@@ -91,7 +93,7 @@ def prune(
         raise InvalidValueError(f"on_empty={on_empty!r}: must be 'keep-best' or 'refuse'")
     if not isinstance(threshold, int | float | None):
         raise InvalidValueError(f"threshold={threshold!r}: must be a number")
-    masks = {site: _mask(site, threshold, on_empty) for site in _converted(model)}
+    masks = {site: _mask(site, threshold, on_empty) for site in sites_of_converted(model)}
     for name in _spare_the_last(masks):
         _complain(f"layer {name!r}: noise and gate leave no weight together", on_empty)
     if threshold is not None and all(mask is None for mask in masks.values()):
@@ -105,12 +107,15 @@ def prune(
 def unprune(model: nn.Module) -> nn.Module:
     """Takes all marks off `model` in place, so that every weight is alive again, and returns it.
 
+    Raises:
+        ConversionError: the model is not converted.
+
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> _ = vd.prune(net, threshold=0.1)
     >>> vd.summary(vd.unprune(net)).rows[0].alive
     32
     """
-    for site in _converted(model):
+    for site in sites_of_converted(model):
         site.noise.mask = None
     return model
 
@@ -202,10 +207,3 @@ def _complain(message: str, on_empty: str) -> None:
         EmptyLayerWarning,
         stacklevel=4,
     )
-
-
-def _converted(model: nn.Module) -> list[Site]:
-    found = list(sites(model))
-    if not found:
-        raise ConversionError("the model has no noisy layer: call vardrop.convert(model, method) first")
-    return found

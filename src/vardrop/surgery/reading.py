@@ -36,9 +36,9 @@ NORMS = (
     nn.InstanceNorm3d,
 )
 RECURRENT: tuple[type[nn.Module], ...] = (nn.RNN, nn.LSTM, nn.GRU)
-_HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_RESIZABLE = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU, *_HOLDERS)
-_RESIZABLE_BASES = {base for kind in _RESIZABLE for base in kind.__mro__}
+RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU)
+HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_RESIZABLE_BASES = {base for kind in (*RESIZABLE, *HOLDERS) for base in kind.__mro__}
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,14 @@ class Reading:
         value = Value(dim, self.classes.new(count), unknown(count))
         self.pin(value, why)
         return value
+
+    def units(self, source: Node, dim: int, why: str) -> Value:
+        """The units that `source` carries in `dim`; where it carries them elsewhere they stay, for the reason `why`."""
+        value = self.value(source)
+        if value is not None and value.dim == dim:
+            return value
+        self.pin(value, why)
+        return self.fixed(shape(source)[dim], dim, "not made by a layer that can be cut")
 
     def state_name(self, node: Any) -> str | None:
         """The name of the parameter or buffer behind `node`."""

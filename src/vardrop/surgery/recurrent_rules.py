@@ -27,7 +27,9 @@ def recurrent(reading: Reading, node: Node) -> Outcome:
         return reading.stop(node)
     layers, directions = given["num_layers"], 1 + given["bidirectional"]
     each = len(params) // (layers * directions)
-    inputs = _units(reading, given["input"])
+    source = given["input"]
+    last = len(shape(source)) - 1
+    inputs = reading.units(source, last, "a recurrent layer mixes another dimension than its units'")
     blocks: list[Tensor] = []
     for layer in range(layers):
         for direction in range(directions):
@@ -71,15 +73,6 @@ def _obstacle(reading: Reading, node: Node, given: dict[str, Any], params: list[
         if (why := reading.obstacle(param)) is not None:
             return why
     return None
-
-
-def _units(reading: Reading, source: Node) -> Value:
-    last = len(shape(source)) - 1
-    value = reading.value(source)
-    if value is not None and value.dim == last:
-        return value
-    reading.pin(value, "a recurrent layer mixes another dimension than its units'")
-    return reading.fixed(shape(source)[last], last, "not made by a layer that can be cut")
 
 
 def _joined(blocks: list[Tensor]) -> Value:

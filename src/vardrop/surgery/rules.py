@@ -304,3 +304,6 @@ RULES: Mapping[str, Rule] = _table(
     }
 )
 """The rule of each aten operation by its plain name; what is not here is refused, or kept on request."""
+
+MAKERS: tuple[Rule, ...] = (linear, product, convolution, embedding, recurrent)
+"""The rules of operations that make units, whether or not their input carries any."""

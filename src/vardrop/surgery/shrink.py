@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vardrop.errors import ConversionError, EmptyLayerWarning, GraphError, InvalidValueError
 from vardrop.methods import Method
 from vardrop.noise import Gate
-from vardrop.sites import noises, sites, tensor_of
+from vardrop.sites import noises, sites, sites_of_converted, tensor_of
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import count_anew, left_behind, living_groups, living_part, prove, stays_whole
 from vardrop.surgery.graph import Graph, as_arguments
@@ -110,9 +110,7 @@ def shrink(
 
 
 def _check_model(model: nn.Module) -> None:
-    found = list(sites(model))
-    if not found:
-        raise ConversionError("the model has no noisy layer: call vardrop.convert(model, method) first")
+    found = sites_of_converted(model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ConversionError(
             f"the model is wrapped in {type(model).__name__}: shrink the model inside and wrap it anew"

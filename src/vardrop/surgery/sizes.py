@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from vardrop.layers import is_conv1d
 from vardrop.noise import Layout
 from vardrop.sites import noises, tensor_of
-from vardrop.surgery.reading import LAYERS, NORMS, RECURRENT
+from vardrop.surgery.reading import RESIZABLE
 
 DIMENSIONS = """
     in_features out_features in_channels out_channels groups num_features num_parameters input_size hidden_size
     num_embeddings embedding_dim padding_idx nx nf
 """
-RESIZABLE: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *RECURRENT, nn.Embedding, nn.PReLU)
 
 
 def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:

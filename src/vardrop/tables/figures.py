@@ -15,6 +15,8 @@ Value = float | tuple[float, ...]
 Need = Literal["times", "ensemble"]
 DASH = "—"
 TIMED_BATCH, TIMED_THREADS = 128, 1
+ENSEMBLE = 20
+"""Draws."""
 TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
 
 
@@ -205,5 +207,7 @@ FIGURES = {
     "stochastic_accuracy": Figure(
         "stochastic accuracy, %", _accuracy("ensemble", "1", "error"), 1, "higher", "ensemble"
     ),
-    "ensemble_accuracy": Figure("ensemble accuracy, %", _accuracy("ensemble", "20", "error"), 1, "higher", "ensemble"),
+    "ensemble_accuracy": Figure(
+        "ensemble accuracy, %", _accuracy("ensemble", str(ENSEMBLE), "error"), 1, "higher", "ensemble"
+    ),
 }

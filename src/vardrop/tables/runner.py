@@ -18,11 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from vardrop.checkpoint import HISTORY
-from vardrop.compress import RUN, compress, compress_together
-from vardrop.errors import ApartError, DataError, InvalidValueError, MissingExtraError, StorageError, VardropError
-from vardrop.evaluate import evaluate, measure_run, read_run
-from vardrop.files import replace_file
-from vardrop.tables.figures import TIMED_BATCH, TIMED_THREADS
+from vardrop.compress import compress, compress_together
+from vardrop.errors import (
+    ApartError,
+    DataError,
+    InvalidValueError,
+    MissingExtraError,
+    StorageError,
+    TrainingError,
+    VardropError,
+)
+from vardrop.evaluate import ONE_DRAW, ensemble_of, evaluate, measure_run
+from vardrop.files import RUN, read_run, replace_file
+from vardrop.tables.figures import ENSEMBLE, TIMED_BATCH, TIMED_THREADS
 from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
 from vardrop.tables.store import CELL, check_recipe, record_of
 from vardrop.together import why_alone
@@ -39,7 +47,6 @@ BUSY = 75
 """Exit status of a process that found its cell in the hands of another runner."""
 
 REPEATS = 50
-DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def run_seeds(cells: Sequence[Cell], options: Options) -> None:
                 failed[cell.seed] = error
         if failed:
             reasons = [f"seed {seed}: {error}" if len(cells) > 1 else str(error) for seed, error in failed.items()]
-            raise VardropError("; ".join(reasons))
+            raise TrainingError("; ".join(reasons))
 
 
 def _keep_figures(cell: Cell, options: Options) -> None:
@@ -178,8 +185,8 @@ def _keep_figures(cell: Cell, options: Options) -> None:
     if "times" in cell.run.needs:
         record["times"] = _times(place, options)
     if "ensemble" in cell.run.needs:
-        ways = evaluate(place, data_root=options.data_root, samples=DRAWS)["rows"]
-        record["ensemble"] = {"1": ways["one draw"], str(DRAWS): ways[f"ensemble of {DRAWS} draws"]}
+        ways = evaluate(place, data_root=options.data_root, samples=ENSEMBLE)["rows"]
+        record["ensemble"] = {"1": ways[ONE_DRAW], str(ENSEMBLE): ways[ensemble_of(ENSEMBLE)]}
     replace_file(place / CELL, lambda path: path.write_text(json.dumps(record, indent=1)))
 
 

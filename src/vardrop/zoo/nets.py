@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.errors import DataError, InvalidValueError
+from vardrop.modes import in_eval_mode
 from vardrop.zoo.data import Data
 from vardrop.zoo.own import call_own, is_own
 from vardrop.zoo.text import VOCABULARY
@@ -67,7 +68,7 @@ def lenet_5_bn(input_shape: Shape, num_classes: int, option: str = "") -> nn.Mod
 
 def mlp(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
     """Three hidden ReLU layers of the same width: ``mlp-340`` has width 340."""
-    width = int(_number("mlp", option, "a width such as mlp-340"))
+    width = _whole("mlp", option, "a width such as mlp-340")
     return _dense((math.prod(input_shape), width, width, width, num_classes))
 
 
@@ -77,7 +78,7 @@ def conv_small(input_shape: Shape, num_classes: int, option: str = "") -> nn.Mod
     ``conv-small`` has s = 1, ``conv-small-1.5`` has s = 1.5. Source: arXiv:1811.07533, section 5.2.
     """
     scale = _number("conv-small", option, "a scale such as conv-small-1.5") if option else 1.0
-    narrow, wide, hidden = (int(scale * width) for width in (32, 64, 128))
+    narrow, wide, hidden = (max(1, int(scale * width)) for width in (32, 64, 128))
     channels, height, width = input_shape
     flat = wide * math.ceil(height / 4) * math.ceil(width / 4)
     return nn.Sequential(
@@ -159,12 +160,12 @@ class WordLSTM(nn.Module):
 
 def char_lstm(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
     """The next character from one LSTM: ``char-lstm-256`` has 256 units."""
-    return CharLSTM(num_classes, int(_number("char-lstm", option, "a number of units such as char-lstm-256")))
+    return CharLSTM(num_classes, _whole("char-lstm", option, "a number of units such as char-lstm-256"))
 
 
 def word_lstm(input_shape: Shape, num_classes: int, option: str) -> nn.Module:
     """The class of a text from one LSTM over its embedded words: ``word-lstm-128`` has 128 units."""
-    return WordLSTM(num_classes, int(_number("word-lstm", option, "a number of units such as word-lstm-128")))
+    return WordLSTM(num_classes, _whole("word-lstm", option, "a number of units such as word-lstm-128"))
 
 
 NETS: dict[str, Builder] = {
@@ -191,6 +192,7 @@ def build_net(spec: str, *, input_shape: Shape, num_classes: int) -> nn.Module:
 
     Raises:
         InvalidValueError: the name is unknown, or the function does not give a module.
+        DataError: the net cannot be built for such inputs, or one's own file or function cannot be had.
 
     >>> from vardrop.zoo import build_net
     >>> net = build_net("lenet-300-100", input_shape=(1, 28, 28), num_classes=10)
@@ -208,7 +210,7 @@ def build_net(spec: str, *, input_shape: Shape, num_classes: int) -> nn.Module:
             name, option = family, spec.removeprefix(f"{family}-")
     if name not in NETS:
         near = difflib.get_close_matches(name, NETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise InvalidValueError(f"net {spec!r} is unknown{hint} Known are: {', '.join(NETS)}, or file.py:function")
     try:
         return NETS[name](input_shape, num_classes, option)
@@ -224,18 +226,14 @@ def check_fits(spec: str, net: nn.Module, data: Data) -> None:
     Raises:
         DataError: the images do not fit the net, or its outputs do not match the classes.
     """
-    training = net.training
-    net.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(net), torch.no_grad():
             output = net(data.train.x[:1])
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"data {data.name!r} has inputs of shape {data.input_shape}, which do not fit the net {spec!r}: {reason}"
         ) from error
-    finally:
-        net.train(training)
     wanted = (1, data.num_classes, *data.train.y.shape[1:])
     if not isinstance(output, Tensor):
         raise DataError(
@@ -285,3 +283,10 @@ def _number(family: str, option: str, example: str) -> float:
     if not 0 < value < math.inf:
         raise InvalidValueError(f"net '{family}-{option}': {family} takes {example}")
     return value
+
+
+def _whole(family: str, option: str, example: str) -> int:
+    value = _number(family, option, example)
+    if not value.is_integer():
+        raise InvalidValueError(f"net '{family}-{option}': {family} takes {example}, a whole number")
+    return int(value)
