@@ -41,6 +41,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder `path`, and those above it, where they are not there.
+
+    Raises:
+        StorageError: it cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be a folder ({error.strerror}): choose another") from error
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """What a finished run in `folder` says of itself.
 

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from vardrop.compress import Job, Listeners, compress, differing
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
-from vardrop.files import replace_file
+from vardrop.files import make_folder, replace_file
 from vardrop.report import figures
 from vardrop.train import Schedule
 from vardrop.zoo import load_data
@@ -56,6 +56,10 @@ class Point:
     size: float
 
 
+class _Stopped(BaseException):
+    """Ctrl-C on its way through Optuna, which would take it for the failure of a trial."""
+
+
 def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
     """The ranges that texts such as ``init_log_std=-8:-2``, ``kl_factor=0.1:10:log`` and ``rule=snr,magnitude`` name.
 
@@ -79,7 +83,11 @@ def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
                 f"--search {setting!r}: must be field=low:high, field=low:high:log or field=one,two with a field of: "
                 f"{', '.join(known)}"
             )
-        found[field] = _range(setting, text, whole="int" in known[field])
+        found[field] = _range(setting, text, known[field])
+        words = _words(get_type_hints(type(job.method)).get(field))
+        for choice in found[field].choices:
+            if words and choice not in words:
+                raise InvalidValueError(f"--search {setting!r}: {choice} must be one of {', '.join(words)}")
     return found
 
 
@@ -105,7 +113,8 @@ def sweep(
         job: what is run; must set validation data apart where the data set itself does not.
         search: what is varied, by field of the method or of the schedule.
         folder: where the runs, ``front.json`` and ``front.png`` go.
-        trials: how many finished trials the study is to have; one whose loss diverges is finished too, on no front.
+        trials: how many finished trials the study is to have; one whose loss diverges, or whose values do not go
+            together, is finished too, on no front.
         against: size by ``"compression"`` of weights, or by ``"flops"`` of the small net.
         storage: where Optuna keeps the study, a URL; an SQLite file in `folder` by default.
         listeners: told of the progress of each run.
@@ -114,7 +123,8 @@ def sweep(
     Raises:
         InvalidValueError: no validation data, an unknown measure of size, or `trials` below 1.
         MissingExtraError: optuna is not installed.
-        StorageError: `folder`, or `storage`, holds a study of the same name that searches something else.
+        StorageError: `folder`, or `storage`, cannot be used, or holds a study of the same name that searches something
+            else.
     """
     if trials < 1:
         raise InvalidValueError(f"trials={trials}: must be at least 1")
@@ -125,7 +135,7 @@ def sweep(
             f"validation={job.validation}: a search chooses by validation data, and {job.data} sets none apart itself: "
             "give at least 1"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     optuna = _optuna()
     study = _study(optuna, job, search, folder, against, storage)
 
@@ -133,22 +143,32 @@ def sweep(
         chosen = {field: span.suggest(trial, field) for field, span in search.items()}
         run = folder / _run_name(chosen)
         try:
-            result = compress(_with(job, chosen), run, listeners=listeners)
+            tried = _with(job, chosen)
+        except InvalidValueError as error:
+            raise optuna.TrialPruned(str(error)) from error
+        try:
+            result = compress(tried, run, listeners=listeners)
         except TrainingError as error:
             raise optuna.TrialPruned(str(error)) from error
+        except KeyboardInterrupt as stop:
+            raise _Stopped from stop
         size = result["compacted"]["flops"] if against == "flops" else result["pruned"]["compression"]
         point = Point(run.name, chosen, result["pruned"]["valid_error"], size)
         trial.set_user_attr("run", run.name)
         on_trial(point)
         return point.error, point.size
 
+    def keep(study: Study, trial: Any) -> None:
+        _keep(folder, study, against)
+
     ends = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    enough = optuna.study.MaxTrialsCallback(trials, states=ends)
     if len(study.get_trials(states=ends)) < trials:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=ends)])
-    points = [_point(trial) for trial in study.get_trials() if trial.state.name == "COMPLETE"]
-    front = sorted((_point(trial) for trial in study.best_trials), key=lambda point: point.error)
-    _keep(folder, points, front, against)
-    return front
+        try:
+            study.optimize(objective, callbacks=[enough, keep])
+        except _Stopped as stop:
+            raise KeyboardInterrupt from stop
+    return _keep(folder, study, against)
 
 
 def _optuna() -> Any:
@@ -166,14 +186,19 @@ def _study(
     """The study, made or taken up.
 
     Raises:
-        StorageError: there is one of this name that searches something else.
+        StorageError: there is one of this name that searches something else, or the storage is none.
     """
-    study: Study = optuna.create_study(
-        study_name=f"{job.net} {job.data} {job.method.command_name()} {against}",
-        storage=storage or f"sqlite:///{(folder / 'study.db').resolve()}",
-        directions=["minimize", "minimize" if against == "flops" else "maximize"],
-        load_if_exists=True,
-    )
+    place = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    try:
+        study: Study = optuna.create_study(
+            study_name=f"{job.net} {job.data} {job.method.command_name()} {against}",
+            storage=place,
+            directions=["minimize", "minimize" if against == "flops" else "maximize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # each kind of storage has errors of its own
+        reason = str(error).partition("\n")[0]
+        raise StorageError(f"storage {place} cannot keep the study: {type(error).__name__}: {reason}") from error
     searched = {field: str(span) for field, span in search.items()}
     wanted = json.loads(json.dumps({**job.config, "search": searched}))
     stored = study.user_attrs.get("job", wanted)
@@ -204,11 +229,20 @@ def _run_name(chosen: Mapping[str, Any]) -> str:
     return f"run-{hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _range(setting: str, text: str, *, whole: bool) -> Range:
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words that a field of this type may be."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(word for part in get_args(hint) for word in _words(part))
+
+
+def _range(setting: str, text: str, kinds: Sequence[str]) -> Range:
+    """The range that `text` names for a field that may be of these `kinds`."""
     if ":" not in text:
-        return Range(choices=tuple(_value(setting, part, whole=whole) for part in text.split(",")))
+        return Range(choices=tuple(_value(setting, part, kinds) for part in text.split(",")))
     low, high, *rest = text.split(":")
-    ends = tuple(_value(setting, part, whole=whole) for part in (low, high))
+    ends = tuple(_value(setting, part, kinds) for part in (low, high))
+    whole = "int" in kinds
     kind = int if whole else float
     if not (type(ends[0]) is type(ends[1]) is kind and ends[0] < ends[1] and rest in ([], ["log"])) or (
         rest and ends[0] <= 0
@@ -219,16 +253,18 @@ def _range(setting: str, text: str, *, whole: bool) -> Range:
     return Range(float(low), float(high), log=bool(rest), whole=whole)
 
 
-def _value(setting: str, text: str, *, whole: bool) -> Value:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    if whole and not value.is_integer():
-        raise InvalidValueError(f"--search {setting!r}: {text} must be a whole number")
-    return int(value) if whole else value
+def _value(setting: str, text: str, kinds: Sequence[str]) -> Value:
+    whole = "int" in kinds
+    if whole or "float" in kinds:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (whole and not value.is_integer()):
+            kind = "whole number" if whole else "finite number"
+            raise InvalidValueError(f"--search {setting!r}: {text} must be a {kind}")
+        return int(value) if whole else value
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
 def _point(trial: Any) -> Point:
@@ -236,10 +272,14 @@ def _point(trial: Any) -> Point:
     return Point(trial.user_attrs["run"], dict(trial.params), error, size)
 
 
-def _keep(folder: Path, points: list[Point], front: list[Point], against: Against) -> None:
+def _keep(folder: Path, study: Study, against: Against) -> list[Point]:
+    """Writes what the finished trials of `study` gave, draws it, and gives its front."""
+    points = [_point(trial) for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    front = sorted((_point(trial) for trial in study.best_trials), key=lambda point: point.error)
     stored = {"against": against, "front": [vars(point) for point in front], "all": [vars(point) for point in points]}
     replace_file(folder / FRONT, lambda path: path.write_text(json.dumps(stored, indent=1)))
     figure = figures.trade_off(
         [(point.size, point.error) for point in points], [(point.size, point.error) for point in front], against
     )
     figures.keep(figure, folder / PICTURE)
+    return front

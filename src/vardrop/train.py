@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -58,6 +58,15 @@ class Schedule:
     shrink_every: int | None = None
 
     def __post_init__(self) -> None:
+        for known in fields(self):
+            value, kind = getattr(self, known.name), str(known.type)
+            number, wanted = (int, "a whole number") if "int" in kind else (int | float, "a number")
+            if not (isinstance(value, number) and not isinstance(value, bool)) and not (
+                value is None and "None" in kind
+            ):
+                raise InvalidValueError(f"{known.name}={value!r}: must be {wanted}")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidValueError(f"seed={self.seed}: must lie in 0 to {2**32 - 1}")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 1")

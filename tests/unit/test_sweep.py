@@ -35,7 +35,10 @@ def test_ranges_are_read():
         ("threshold=2:1", "low below high"),
         ("threshold=0:1:log", "low above 0"),
         ("threshold=1:2:linear", "must be low:high"),
-        ("threshold=a:b", "must be low:high"),
+        ("threshold=a:b", "a must be a finite number"),
+        ("lr=0:inf", "inf must be a finite number"),
+        ("seed=true,false", "true must be a whole number"),
+        ("rule=snr,foo", "foo must be one of log_alpha, magnitude, snr"),
         ("epochs=1.5:3", "1.5 must be a whole number"),
         ("shrink_every=2,2.5", "2.5 must be a whole number"),
     ],
@@ -115,6 +118,52 @@ def test_a_trial_that_was_broken_off_is_taken_up_again(tmp_path):
     seen = []
     sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
     assert [point.run for point in seen] == [run.name]
+
+
+def test_ctrl_c_in_a_trial_stops_the_search_and_the_trial_goes_on_later(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    search, seen = parse_search(["threshold=0.001:0.3:log"], JOB), []
+
+    def interrupted(job, folder, *, listeners):
+        folder.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vardrop.sweep.compress", interrupted)
+        sweep(JOB, search, tmp_path, trials=1)
+    (run,) = tmp_path.glob("run-*")
+    sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
+    assert [point.run for point in seen] == [run.name]
+
+
+def test_values_that_do_not_go_together_are_a_trial_on_no_front(tmp_path):
+    pytest.importorskip("optuna")
+    search = parse_search(["warmup_start=0:2", "warmup_epochs=1:2"], JOB)
+    front = sweep(JOB, search, tmp_path, trials=6)
+    stored = json.loads((tmp_path / FRONT).read_text())
+    assert front and len(stored["all"]) < 6
+    assert all(point["values"]["warmup_start"] < point["values"]["warmup_epochs"] for point in stored["all"])
+
+
+def test_the_front_so_far_is_kept_after_every_trial(tmp_path):
+    pytest.importorskip("optuna")
+    kept = []
+
+    def look(point):
+        kept.append((tmp_path / FRONT).exists() and len(json.loads((tmp_path / FRONT).read_text())["all"]))
+
+    sweep(JOB, parse_search(["threshold=0.001:0.3:log"], JOB), tmp_path, trials=3, on_trial=look)
+    assert kept == [False, 1, 2]
+
+
+def test_a_folder_or_a_storage_that_is_none_is_told_in_one_line(tmp_path):
+    pytest.importorskip("optuna")
+    search = parse_search(["threshold=0.001:0.3:log"], JOB)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file cannot be a folder"):
+        sweep(JOB, search, tmp_path / "file", trials=1)
+    with pytest.raises(StorageError, match="storage nonsense cannot keep the study"):
+        sweep(JOB, search, tmp_path / "folder", trials=1, storage="nonsense")
 
 
 def test_data_that_sets_examples_apart_itself_needs_no_others(tmp_path):
