@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vardrop.errors import VardropError
 from vardrop.files import replace_file
 
 CONFIG = ("net", "data", "method", "schedule", "include")
@@ -28,6 +29,14 @@ def parse(known: argparse.ArgumentParser, arguments: list[str] | None) -> argpar
     if given.write == bool(given.runs):
         known.error("give either runs, or --write alone")
     return given
+
+
+def run(main: Callable[[], None]) -> None:
+    """Does what a script is for; an error raised on purpose is one line, not a trace."""
+    try:
+        main()
+    except VardropError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def identity(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:

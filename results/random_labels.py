@@ -4,6 +4,7 @@ Draws docs/random_labels.svg from the stored runs of the tables on random labels
 paper's Bernoulli dropout memorises labels that mean nothing, sparse variational dropout throws its weights away.
 """
 
+import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -43,6 +44,7 @@ def draw(tables: list[Table], stored: Found) -> Figure:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     stored, tables = found(), load_tables()
     shown = [tables[name] for name in TABLES if stored.budgets(list(tables[name].runs()))]
     if not shown:

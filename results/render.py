@@ -71,6 +71,8 @@ def page() -> str:
 def found() -> Found:
     """The stored runs by the rows of the tables that they belong to."""
     stored = stored_in(HERE, [run for table in load_tables().values() for run in table.runs()])
+    if stored.refused:
+        raise SystemExit("\n".join(stored.refused))
     for row in json.loads((HERE / "rows.json").read_text()):
         path = HERE / f"{row['run']}.json"
         if path.exists() and "table" in row:

@@ -3,6 +3,7 @@
 Draws docs/trade_off.svg from the stored runs of the tables bb-2-fc and bb-2-conv (arXiv:1805.10896, figure 2).
 """
 
+import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -40,4 +41,5 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     keep(draw(), PICTURE)

@@ -245,7 +245,7 @@ def reproduce(
 
     folder = recipes.PAPERS if own is None else own
     if list_ or not tables:
-        console.print(show.overview(recipes.find_tables(["all"], folder), out, budget, seeds, store=store))
+        console.print(show.overview(recipes.find_tables(tables or ["all"], folder), out, budget, seeds, store=store))
         return
     options = runner.Options(out, data_root=data_root, device=device, jobs=jobs, recipes=folder, together=together)
     failed = command.reproduce(

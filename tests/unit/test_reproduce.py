@@ -92,7 +92,7 @@ def record(root: Path, row: str) -> dict:
 def test_the_table_is_printed_written_and_stored(made):
     root, _, printed = made
     shown = " ".join(printed.split())
-    assert "Pruning is better than Plain in compression: holds (full)" in shown
+    assert "Pruning is better than Plain in compression: holds (full, single seed)" in shown
     assert "better" in shown and "within" in shown
     text = (root / "out" / "own" / "table.md").read_text()
     assert f"{100 * record(root, 'pruning')['pruned']['error']:.2f}, better" in text
@@ -154,9 +154,29 @@ def test_a_stored_record_that_is_damaged_is_not_run_again_and_stops_nothing_else
 def test_a_store_that_cannot_be_written_is_told(made, tmp_path):
     root, _, _ = made
     (tmp_path / "results").write_text("no folder")
-    watch = _storing(Watch(), Options(root / "out"), tmp_path / "results")
-    with pytest.raises(StorageError, match="could not be written"):
-        watch.on_end(cell_of(root / "own", "Plain"), "")
+    failed, ended = {}, []
+    watch = Watch(on_end=lambda cell, reason: ended.append(reason))
+    cell = cell_of(root / "own", "Plain")
+    _storing(watch, Options(root / "out"), tmp_path / "results", failed).on_end(cell, "")
+    assert ended == [failed[cell.place]] and "could not be written" in ended[0]
+    done = vardrop("reproduce", "own", "--recipes", root / "own", "--store", tmp_path / "results", "--seeds", 0)
+    assert done.returncode == 1 and f"{tmp_path / 'results' / 'tables'} cannot be a folder" in done.stderr
+    done = vardrop("reproduce", "own", "--recipes", root / "own", "--out", tmp_path / "results", "--seeds", 0)
+    assert done.returncode == 1 and "results cannot be a folder" in done.stderr
+
+
+def test_what_is_stored_is_shown_where_the_data_or_a_record_is_not_to_be_had(made, tmp_path):
+    root, _, _ = made
+    own = recipes(tmp_path / "own", RECIPE.replace('data = "digits"', 'data = "nowhere"'))
+    options = ["--recipes", own, "--store", tmp_path / "results", "--data-root", tmp_path, "--seeds", 2]
+    shutil.copytree(root / "results", tmp_path / "results")
+    for path in (tmp_path / "results").rglob("*.json"):
+        path.write_text(path.read_text().replace('"data": "digits"', '"data": "nowhere"'))
+    (tmp_path / "results" / "tables" / "own" / "pruning" / "full-seed-0.json").write_text('{"config": {"net": "x"}}')
+    done = vardrop("reproduce", "own", *options, "--out", tmp_path / "out")
+    shown = " ".join(done.stdout.split())
+    assert done.returncode == 1 and "nothing was run" in shown and "is not a readable record" in shown
+    assert "within" in shown and "Pruning is better than Plain in compression: not run" in shown
 
 
 def test_a_record_that_lacks_a_figure_does_not_hide_a_whole_one():
@@ -202,6 +222,7 @@ def test_the_list_and_what_is_refused(tmp_path):
         assert name in listed.stdout
     for arguments, message in (
         (["svd"], "table 'svd' is unknown; known are: ard-1-cifar10"),
+        (["--list", "svd"], "table 'svd' is unknown"),
         (["svd-mnist-fc", "--row", "SVD"], "row 'SVD' is not in table svd-mnist-fc; it has: Original, Pruning, DNS"),
         (["svd-mnist-fc", "--jobs", 0], "jobs=0: must be at least 1"),
         (["svd-mnist-fc", "--seeds", -1], "seeds=-1: must be at least 0"),

@@ -144,6 +144,12 @@ def test_what_a_cell_starts_from_comes_before_it_also_when_only_its_row_is_asked
         ({'reason = "no reason"': 'same_as = "other/Z"'}, "'other' is unknown; known are: own"),
         ({'reason = "no reason"': 'from = "big"'}, "from='big' of row 'B' of table own: must be small or noisy"),
         ({'than = ["B"]': 'than = ["X"]'}, "a row of an ordering of table own: 'X' is unknown"),
+        ({"error = 2.5": "eror = 2.5"}, "a figure of the paper in row 'A' of table own: 'eror' is unknown"),
+        ({"std = { error": "std = { eror"}, "a figure of the paper in row 'A' of table own: 'eror' is unknown"),
+        ({'where = "nowhere"': 'where = "x"\nstatistic = "medain"'}, "the statistic of table own: 'medain' is unknown"),
+        ({'better = "A"\n': ""}, "an ordering of table own has no 'better': must say it"),
+        ({'reason = "no reason"': 'after = "B"'}, "row 'B' of table own starts from itself"),
+        ({'reason = "no reason"': 'same_as = "own/B"'}, "row 'B' of table own starts from itself"),
         ({'than = ["B"]': "than = B"}, "own.toml is not readable as TOML: Invalid value (at line"),
         ({'where = "nowhere"\n': ""}, "table own has no 'where': must say it"),
         ({'columns = ["error", "compression"]\n': ""}, "table own has no 'columns': must say it"),
@@ -161,6 +167,7 @@ def test_a_recipe_with_a_slip_is_refused_by_name(tmp_path, changed, message):
 def test_unknown_tables_rows_and_methods_name_those_that_there_are(tmp_path):
     with pytest.raises(InvalidValueError, match="table 'svd' is unknown; known are: ard-1-cifar10, ard-1-mnist"):
         find_tables(["svd"])
+    assert find_tables(["svd-mnist-fc", "all"]) == list(TABLES.values())
     with pytest.raises(InvalidValueError, match="row 'SVD' is not in table svd-mnist-fc; it has: Original, Pruning"):
         cells_of([TABLES["svd-mnist-fc"]], "full", 1, ["SVD"])
     table = tables_in(tmp_path / "a", **{'method = "ard"': 'method = "magic"'})
@@ -274,8 +281,11 @@ def test_claims_hold_fail_or_are_not_run(tmp_path):
         return [verdict for _, verdict in verdicts(table, found_of(table, **figures))]
 
     assert said() == said(A=[(2.0, 8.0)]) == ["not run", "not run"]
-    assert said(A=[(2.0, 8.0)], B=[(4.0, 30.0)]) == ["holds (full)", "holds (full; without C|D)"]
-    assert said(A=[(4.1, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full)"
+    assert said(A=[(2.0, 8.0)], B=[(4.0, 30.0)]) == [
+        "holds (full, single seed)",
+        "holds (full, single seed; without C|D)",
+    ]
+    assert said(A=[(4.1, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full, single seed)"
     assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[1].startswith("does not hold here (full")
 
 
@@ -285,8 +295,8 @@ def test_a_claim_is_too_close_to_say_within_the_deviations_or_what_is_shown(tmp_
     def said(**figures):
         return verdicts(table, found_of(table, **figures))[0][1]
 
-    assert said(A=[(3.996, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full; close to B)"
-    assert said(A=[(4.004, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full; close to B)"
+    assert said(A=[(3.996, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full, single seed; close to B)"
+    assert said(A=[(4.004, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full, single seed; close to B)"
     assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.4, 30.0), (3.6, 30.0)]) == "too close to say (full; close to B)"
     assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.6, 30.0), (3.8, 30.0)]) == "holds (full)"
 
@@ -298,6 +308,8 @@ def test_a_claim_on_a_figure_that_no_run_has_is_told_from_one_that_is_not_run(tm
             '"compression"]\n\n[recipe]': '"test_mse"]\n\n[recipe]',
             'columns = ["error"]': 'columns = ["test_mse"]',
             'columns = ["compression"]': 'columns = ["error"]',
+            "compression = 10": "test_mse = 10",
+            "compression = 20": "test_mse = 20",
         },
     )
 
@@ -420,8 +432,8 @@ def test_a_record_of_another_recipe_or_a_damaged_one_is_refused_and_one_that_lac
     path.write_text(json.dumps({**record(2.0, 8.0), "config": config}))
     with pytest.raises(StorageError, match=r"made by another recipe \(it differs in schedule\)"):
         record_of(cell, tmp_path / "out")
-    with pytest.raises(StorageError, match="made by another recipe"):
-        found_in(tmp_path / "out", [cell.run])
+    found = found_in(tmp_path / "out", [cell.run])
+    assert not found.records and "made by another recipe" in found.refused[0]
     path.write_text("{")
     with pytest.raises(StorageError, match="not a readable record"):
         record_of(cell, tmp_path / "out")
@@ -438,7 +450,7 @@ def test_stored_records_are_small_and_found_again(tmp_path):
     cell = Cell(table.rows["B"].runs[""], "full", 1)
     whole = {
         **record(2.0, 8.0),
-        "config": {"pretrained": "/some/where"},
+        "config": json.loads(json.dumps(cell.job(tmp_path).config)) | {"pretrained": "/some/where"},
         "history": [{"epoch": 0, "x": "y" * 60_000}, {}],
     }
     path = keep(cell, whole, tmp_path / "results")

@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from vardrop.errors import StorageError
-from vardrop.files import replace_file
+from vardrop.errors import DataError, StorageError
+from vardrop.files import make_folder, replace_file
 from vardrop.tables.page import LEGEND, markdown, page
 from vardrop.tables.recipes import Budget, Cell, find_tables
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells
 from vardrop.tables.show import beside, watching
-from vardrop.tables.store import Found, found_in, is_kept, keep, left_to_run, record_of, stored_in
+from vardrop.tables.store import TABLES, Found, found_in, is_kept, keep, left_to_run, record_of, stored_in
 
 
 def reproduce(
@@ -47,25 +47,32 @@ def reproduce(
 
     Raises:
         InvalidValueError: there is no such table, row or column, or an option is out of range.
-        DataError: nothing can be run for want of data.
+        DataError: nothing can be run for want of data, and there is no `store` to show.
+        StorageError: a folder cannot be made.
     """
     tables = find_tables(names, options.recipes)
     cells = cells_of(tables, budget, seeds, rows, columns)
-    refused: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    make_folder(options.folder)
     if store is not None:
-        cells, refused = left_to_run(cells, options.folder, store)
-    with watching(console, cells, options.folder) if cells else nullcontext() as watch:
-        outcome = run_cells(cells, options, _storing(watch or Watch(), options, store))
-    outcome.failed.update(refused)
+        make_folder(store / TABLES)
+        cells, failed = left_to_run(cells, options.folder, store)
+    try:
+        with watching(console, cells, options.folder) if cells else nullcontext() as watch:
+            outcome = run_cells(cells, options, _storing(watch or Watch(), options, store, failed))
+        failed = outcome.failed | failed
+    except DataError as error:
+        if store is None:
+            raise
+        failed["data"] = str(error)
+        console.print(f"nothing was run: [yellow]{escape(str(error))}[/yellow]", soft_wrap=True)
     for table in tables:
-        try:
-            runs = list(table.runs())
-            found = Found() if store is None else stored_in(store, runs)
-            found.update(found_in(options.folder, runs))
-        except StorageError as error:
-            outcome.failed[table.id] = str(error)
-            console.print(f"{table.id}: [yellow]{escape(str(error))}[/yellow]", soft_wrap=True)
-            continue
+        runs = list(table.runs())
+        found = Found() if store is None else stored_in(store, runs)
+        found.update(found_in(options.folder, runs))
+        if found.refused:
+            failed[table.id] = "; ".join(found.refused)
+            console.print(f"{table.id}: [yellow]{escape(failed[table.id])}[/yellow]", soft_wrap=True)
         for part in beside(table, found):
             console.print(part)
         where = options.folder / table.id
@@ -75,17 +82,20 @@ def reproduce(
         ):
             replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
         console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
-    return outcome.failed
+    return failed
 
 
-def _storing(watch: Watch, options: Options, store: Path | None) -> Watch:
-    """`watch`, which also keeps the record of each finished cell that `store` has none of."""
+def _storing(watch: Watch, options: Options, store: Path | None, failed: dict[str, str]) -> Watch:
+    """`watch`, which also keeps the record of each finished cell that `store` has none of, or says why it `failed`."""
     if store is None:
         return watch
 
     def on_end(cell: Cell, reason: str) -> None:
         if not reason and _is_missing(cell, store):
-            keep(cell, record_of(cell, options.folder) or {}, store)
+            try:
+                keep(cell, record_of(cell, options.folder) or {}, store)
+            except StorageError as error:
+                reason = failed[cell.place] = str(error)
         watch.on_end(cell, reason)
 
     return replace(watch, on_end=on_end)

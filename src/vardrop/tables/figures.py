@@ -13,6 +13,7 @@ from vardrop.tables.counting import Rule, layout_of, multiplications, numbers, o
 
 Value = float | tuple[float, ...]
 Need = Literal["times", "ensemble"]
+Statistic = Literal["mean", "median"]
 DASH = "—"
 TIMED_BATCH, TIMED_THREADS = 128, 1
 ENSEMBLE = 20
@@ -77,7 +78,7 @@ class Joined:
     count: int
 
 
-def join(values: Sequence[Value], statistic: Literal["mean", "median"]) -> Joined | None:
+def join(values: Sequence[Value], statistic: Statistic) -> Joined | None:
     """Joins what several seeds gave, layer by layer; the standard deviation is that of a single number alone.
 
     >>> from vardrop.tables.figures import join

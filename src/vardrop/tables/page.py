@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from vardrop.tables.store import Found
 HOLDS, FAILS, CLOSE = "holds", "does not hold here", "too close to say"
 NOT_RUN, NO_FIGURE = "not run", "not to be had here"
 LEGEND = (
-    "Ours is the mean over the seeds, or the median where the table says so, with the standard deviation where there "
-    "are several; a list is layer by layer. *within*: it differs from the paper's figure by no more than both standard "
-    "deviations joined, as the root of the sum of their squares (one seed has none, nor has a paper that prints none), "
-    "or than half of the last decimal shown. *better* and *short by*: beyond that, to the one side or the other; lists "
-    "of units are compared by their sums. A claim is too close to say where rows that it compares differ no more than "
-    "that, and none the other way; in brackets stand the budget of the runs, the rows that were not run (without), or "
-    "only in part (in part against), and those that differ no more than that (close to). An em-dash: no figure."
+    "Ours is the mean over the seeds, or the median where the table says so, with the sample standard deviation where "
+    "there are several; in brackets the seeds of a figure that has fewer than its line; a list is layer by layer. "
+    "*within*: it differs from the paper's figure by no more than both standard deviations joined, as the root of the "
+    "sum of their squares (one seed has none, nor has a paper that prints none), or than half of the last decimal "
+    "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
+    "sums. A claim is too close to say where rows that it compares differ no more than that, and none the other way; "
+    "in brackets stand the budget of the runs, the rows that were not run (without), or only in part (in part "
+    "against), and those that differ no more than that (close to). Where a row of it has a single seed, that is said: "
+    "another seed may turn it. An em-dash: no figure."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
@@ -139,23 +142,24 @@ def _ours(table: Table, row: Row, found: Found) -> list[Line]:
     lines: list[Line] = []
     for budget in found.budgets(list(row.runs.values())):
         others = _other_nets(row, budget, found)
+        seeds = {seed for run in row.runs.values() for seed in found.of(run, budget)}
         cells = [
-            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, alike=not others)
+            _cell(table.figures[name], _joined(table, row, name, budget, found), row, name, len(seeds), not others)
             for name in table.columns
         ]
-        lines.append(Line(row.name, _origin(row, budget, found, others), tuple(cells), "" if lines else row.reason))
+        origin = ", ".join([_epochs(row, budget, found), *others, _seeds(seeds)])
+        lines.append(Line(row.name, origin, tuple(cells), "" if lines else row.reason))
     if not lines:
         remark = row.not_run or "; ".join(filter(None, ("not run yet", row.reason)))
         lines.append(Line(row.name, "ours", (DASH,) * len(table.columns), remark))
     return lines
 
 
-def _origin(row: Row, budget: str, found: Found, others: list[str]) -> str:
-    """Budget, epochs and seeds of our figures, and the net where it is not that of the table."""
-    records = [record for run in row.runs.values() for record in found.of(run, budget).items()]
-    epochs = {record["config"]["schedule"]["epochs"] for _, record in records}
-    told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
-    return ", ".join([told, *others, _seeds({seed for seed, _ in records})])
+def _epochs(row: Row, budget: str, found: Found) -> str:
+    """Budget and epochs of our figures."""
+    records = [record for run in row.runs.values() for record in found.of(run, budget).values()]
+    epochs = {record["config"]["schedule"]["epochs"] for record in records}
+    return budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
 
 
 def _other_nets(row: Row, budget: str, found: Found) -> list[str]:
@@ -174,10 +178,13 @@ def _joined(table: Table, row: Row, column: str, budget: str, found: Found) -> J
     return join([value for value in read if value is not None], table.statistic)
 
 
-def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, *, alike: bool) -> str:
+def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, seeds: int, alike: bool) -> str:
+    """Our figure of a line with so many `seeds`, marked against the paper's where the nets are `alike`."""
     if joined is None:
         return DASH
     text = _with_std(figure, joined.value, joined.std)
+    if joined.count < seeds:
+        text += f" ({joined.count} {'seed' if joined.count == 1 else 'seeds'})"
     paper = row.paper.get(column) if alike or not figure.counts else None
     said = "" if paper is None else mark(figure, joined, paper, row.std.get(column))
     return f"{text}, {said}" if said else text
@@ -210,7 +217,7 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
     best = table.rows[ordering.better]
     budgets = found.budgets(list(best.runs.values()))
     for budget in budgets:
-        broken, compared = False, False
+        broken, compared, fewest = False, False, math.inf
         missing: dict[str, list[str]] = {"without": [], "in part against": [], "close to": []}
         for name in ordering.than:
             pairs = [
@@ -229,10 +236,12 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
             if len(apart) < len(known):
                 missing["close to"].append(name)
             compared |= bool(known)
+            fewest = min([fewest, *(joined.count for _, *both in known for joined in both)])
             broken |= not all(apart)
         if compared:
             verdict = FAILS if broken else CLOSE if missing["close to"] else HOLDS
             rest = [f"{how} {' and '.join(names)}" for how, names in missing.items() if names]
-            return f"{verdict} ({'; '.join([budget, *rest])})"
+            on = f"{budget}, single seed" if fewest == 1 else budget
+            return f"{verdict} ({'; '.join([on, *rest])})"
     figures = [_joined(table, best, column, budget, found) for column in ordering.columns for budget in budgets]
     return NO_FIGURE if budgets and not any(figures) else NOT_RUN

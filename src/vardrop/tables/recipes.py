@@ -15,7 +15,7 @@ from vardrop.baselines import baselines
 from vardrop.compress import NOISY, SMALL, Job
 from vardrop.errors import InvalidValueError
 from vardrop.methods import Method, methods
-from vardrop.tables.figures import FIGURES, Figure, Need, Value
+from vardrop.tables.figures import FIGURES, Figure, Need, Statistic, Value
 from vardrop.train import Schedule
 
 Budget = Literal["full", "short"]
@@ -182,7 +182,7 @@ class Table:
     rows: Mapping[str, Row]
     kind: str = ""
     caption: str = ""
-    statistic: Literal["mean", "median"] = "mean"
+    statistic: Statistic = "mean"
     orderings: tuple[Ordering, ...] = field(default=())
 
     def runs(self, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Iterator[Run]:
@@ -233,7 +233,7 @@ def find_tables(names: Sequence[str], folder: Path = PAPERS) -> list[Table]:
         InvalidValueError: there is no such table.
     """
     tables = load_tables(folder)
-    if list(names) == ["all"]:
+    if "all" in names:
         return list(tables.values())
     for name in names:
         if name not in tables:
@@ -289,6 +289,7 @@ def _table(name: str, table: Mapping[str, Any], stored: Mapping[str, Any], needs
     rows = {row["name"]: _row(name, row, stored, needs) for row in table["rows"]}
     orderings = []
     for claim in table.get("orderings", []):
+        _has(f"an ordering of table {name}", claim, "better")
         others = tuple(claim.get("than", [row for row in rows if row != claim["better"]]))
         columns = tuple(claim.get("columns", figures))
         for row in (claim["better"], *others):
@@ -297,6 +298,7 @@ def _table(name: str, table: Mapping[str, Any], stored: Mapping[str, Any], needs
             _known(f"a column of an ordering of table {name}", column, figures)
         orderings.append(Ordering(claim["better"], others, columns))
     told = {key: table[key] for key in ("title", "source", "where", "caption", "statistic") if key in table}
+    _known(f"the statistic of table {name}", told.get("statistic", "mean"), get_args(Statistic))
     by_net = "nets" in table
     return Table(
         id=name,
@@ -327,24 +329,39 @@ def _row(name: str, row: Mapping[str, Any], stored: Mapping[str, Any], needs: Ma
         home, _, of = origin["same_as"].partition("/")
         origin = next(other for other in stored[home]["rows"] if other["name"] == of)
     reason = row.get("reason", origin.get("reason", ""))
+    for column in (*row.get("paper", {}), *row.get("std", {})):
+        _known(f"a figure of the paper in row {row['name']!r} of table {name}", column, _figures(name, stored[name]))
     paper = _tuples(row.get("paper", {}))
     return Row(row["name"], paper, row.get("std", {}), runs, reason=reason, not_run=row.get("not_run", ""))
 
 
-def _run(name: str, row: str, column: str, stored: Mapping[str, Any], needs: Mapping[str, set[Need]]) -> Run:
-    """The run of a row, which lies with another table where the row is the same as one there."""
+def _run(
+    name: str,
+    row: str,
+    column: str,
+    stored: Mapping[str, Any],
+    needs: Mapping[str, set[Need]],
+    later: tuple[str, ...] = (),
+) -> Run:
+    """The run of a row, which lies with another table where the row is the same as one there.
+
+    The rows that come `later` start from it, or are the same.
+    """
+    if (place := f"{name}/{row}") in later:
+        raise InvalidValueError(f"row {row!r} of table {name} starts from itself, or is taken from itself")
+    later = (*later, place)
     _known("a table that a row is taken from", name, stored)
     table = stored[name]
     given = {other["name"]: other for other in table["rows"]}
     _known(f"a row of table {name} that another one is taken from or starts from", row, given)
     if "same_as" in given[row]:
         home, _, of = given[row]["same_as"].partition("/")
-        return _run(home, of, column, stored, needs)
+        return _run(home, of, column, stored, needs, later)
     recipe = _recipe(name, table.get("recipe", {}), given[row])
     if column:
         recipe["net"] = table["nets"][column]
     _has(f"row {row!r} of table {name}, or its [recipe],", recipe, "method", "net", "data")
-    before = _run(name, recipe["after"], column, stored, needs) if "after" in recipe else None
+    before = _run(name, recipe["after"], column, stored, needs, later) if "after" in recipe else None
     return Run(name, row, column, recipe, frozenset(needs.get(f"{name}/{row}", ())), before)
 
 

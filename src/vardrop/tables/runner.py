@@ -29,7 +29,7 @@ from vardrop.errors import (
     VardropError,
 )
 from vardrop.evaluate import ONE_DRAW, ensemble_of, evaluate, measure_run
-from vardrop.files import RUN, read_run, replace_file
+from vardrop.files import RUN, make_folder, read_run, replace_file
 from vardrop.tables.figures import ENSEMBLE, TIMED_BATCH, TIMED_THREADS
 from vardrop.tables.recipes import PAPERS, Budget, Cell, Table
 from vardrop.tables.store import CELL, check_recipe, record_of
@@ -399,7 +399,7 @@ class _locked:
             from filelock import FileLock
         except ImportError as error:
             raise MissingExtraError("the runner of tables", "cli") from error
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         self.lock: FileLock = FileLock(place.with_name(f".{place.name}.lock"), blocking=False)
 
     def __enter__(self) -> bool:

@@ -21,9 +21,10 @@ LARGEST = 50_000
 
 @dataclass
 class Found:
-    """Records by run, budget and seed."""
+    """Records by run, budget and seed, and why others are of no use."""
 
     records: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
 
     def add(self, place: str, budget: str, seed: int, record: Mapping[str, Any]) -> None:
         """Keeps the `record` of the run whose folder is `place`."""
@@ -36,6 +37,7 @@ class Found:
             for seed, record in records.items():
                 if mine.get(seed, {}).keys() <= record.keys():
                     mine[seed] = record
+        self.refused += other.refused
 
     def of(self, run: Run, budget: str) -> dict[int, Mapping[str, Any]]:
         """The records of `run` with this budget, by seed."""
@@ -91,22 +93,14 @@ def has_record(cell: Cell, folder: Path, store: Path | None) -> bool:
 
 
 def found_in(folder: Path, runs: Sequence[Run]) -> Found:
-    """All records of the `runs` below `folder`, where ``vardrop reproduce`` works.
-
-    Raises:
-        StorageError: a record is damaged, or was made by another recipe.
-    """
+    """All records of the `runs` below `folder`, where ``vardrop reproduce`` works."""
     return _found(
         folder, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)/" + re.escape(CELL)), f"*/{CELL}"
     )
 
 
 def stored_in(folder: Path, runs: Sequence[Run]) -> Found:
-    """All records of the `runs` below `folder`, where :func:`keep` put them.
-
-    Raises:
-        StorageError: a record is damaged, or was made by another recipe.
-    """
+    """All records of the `runs` below `folder`, where :func:`keep` put them."""
     return _found(folder / TABLES, runs, re.compile(r"(?P<budget>full|short)-seed-(?P<seed>\d+)\.json"), "*.json")
 
 
@@ -163,9 +157,13 @@ def _found(folder: Path, runs: Sequence[Run], name: re.Pattern[str], pattern: st
         for path in sorted((folder / place).glob(pattern)):
             match = name.fullmatch(path.relative_to(folder / place).as_posix())
             if match:
-                record = _read(path)
-                check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
-                found.add(place, match["budget"], int(match["seed"]), record)
+                try:
+                    record = _read(path)
+                    check_recipe(Cell(run, cast(Budget, match["budget"]), int(match["seed"])), record, path)
+                except StorageError as error:
+                    found.refused.append(str(error))
+                else:
+                    found.add(place, match["budget"], int(match["seed"]), record)
     return found
 
 
@@ -200,7 +198,9 @@ def _agree(stored: Any, wanted: Any) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        record["config"], record["pruned"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path} is not a readable record of a cell ({error}): move it away") from error
+        record["config"]["net"], record["config"]["schedule"]["epochs"], record["pruned"]["error"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} is not a readable record of a cell ({type(error).__name__}: {error}): move it away"
+        ) from error
     return record
