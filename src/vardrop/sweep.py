@@ -122,7 +122,7 @@ def sweep(
 
     Raises:
         InvalidValueError: no validation data, an unknown measure of size, or `trials` below 1.
-        MissingExtraError: optuna is not installed.
+        MissingExtraError: optuna or matplotlib is not installed.
         StorageError: `folder`, or `storage`, cannot be used, or holds a study of the same name that searches something
             else.
     """
@@ -135,8 +135,9 @@ def sweep(
             f"validation={job.validation}: a search chooses by validation data, and {job.data} sets none apart itself: "
             "give at least 1"
         )
-    make_folder(folder)
+    figures.need()
     optuna = _optuna()
+    make_folder(folder)
     study = _study(optuna, job, search, folder, against, storage)
 
     def objective(trial: Trial) -> tuple[float, float]:
