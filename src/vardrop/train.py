@@ -19,6 +19,7 @@ from vardrop import warmup
 from vardrop.checkpoint import Epoch, draw_on_from, epochs_in, read, write
 from vardrop.elbo import ELBO
 from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
+from vardrop.methods.base import check_number
 from vardrop.sites import parameter_groups, sites
 from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.shrink import shrink
@@ -59,12 +60,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for known in fields(self):
-            value, kind = getattr(self, known.name), str(known.type)
-            number, wanted = (int, "a whole number") if "int" in kind else (int | float, "a number")
-            if not (isinstance(value, number) and not isinstance(value, bool)) and not (
-                value is None and "None" in kind
-            ):
-                raise InvalidValueError(f"{known.name}={value!r}: must be {wanted}")
+            check_number(self, known)
         if not 0 <= self.seed < 2**32:
             raise InvalidValueError(f"seed={self.seed}: must lie in 0 to {2**32 - 1}")
         for name in ("epochs", "batch_size"):

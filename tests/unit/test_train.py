@@ -219,6 +219,10 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
         ({"warmup_epochs": -2}, "warmup_epochs=-2: must be at least 0"),
         ({"warmup_start": 4, "warmup_epochs": 2}, "warmup_start=4: must be at least 0 and below warmup_epochs=2"),
         ({"warmup_start": -1}, "warmup_start=-1: must be at least 0"),
+        ({"epochs": "8"}, r"Schedule\(epochs='8'\): must be a whole number"),
+        ({"epochs": None}, r"Schedule\(epochs=None\): must be a whole number"),
+        ({"lr": True}, r"Schedule\(lr=True\): must be a number"),
+        ({"seed": 2**32}, "seed=4294967296: must lie in 0 to 4294967295"),
     ],
 )
 def test_a_schedule_is_checked(arguments, message):

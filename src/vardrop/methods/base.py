@@ -202,21 +202,21 @@ class GateMethod(Method):
 def _check_numbers(method: Method) -> None:
     for known in fields(method):
         value = getattr(method, known.name)
-        _check_number(method, known)
+        check_number(method, known)
         if isinstance(value, float) and math.isnan(value):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): must be a number, not NaN")
         if isinstance(value, float) and math.isinf(value) and known.name.startswith("init_"):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): a first value must be finite")
 
 
-def _check_number(method: Method, field: Field[Any]) -> None:
-    """Raises where a `field` that is annotated as a number holds something else."""
-    value, kind = getattr(method, field.name), str(field.type).removesuffix(" | None")
-    if kind not in NUMBERS or value is None:
+def check_number(owner: object, field: Field[Any]) -> None:
+    """Raises where a `field` of `owner`, a dataclass, that is annotated as a number holds something else."""
+    value, kind = getattr(owner, field.name), str(field.type).removesuffix(" | None")
+    if kind not in NUMBERS or (value is None and kind != field.type):
         return
     number, wanted = NUMBERS[kind]
     if not isinstance(value, number) or isinstance(value, bool):
-        raise InvalidValueError(f"{type(method).__name__}({field.name}={value!r}): must be {wanted}")
+        raise InvalidValueError(f"{type(owner).__name__}({field.name}={value!r}): must be {wanted}")
 
 
 def check_choice(method: Method, field: str, allowed: tuple[str, ...]) -> None:
@@ -251,7 +251,7 @@ def check_range(
 
     Equality is allowed if `closed`, or only with `below` as `closed_below` says.
     """
-    _check_number(method, next(known for known in fields(method) if known.name == field))
+    check_number(method, next(known for known in fields(method) if known.name == field))
     value, closed_below = getattr(method, field), closed if closed_below is None else closed_below
     if not ((above <= value if closed else above < value) and (value <= below if closed_below else value < below)):
         low, high = ("<=" if end else "<" for end in (closed, closed_below))

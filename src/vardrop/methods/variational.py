@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from vardrop.errors import InvalidValueError
 from vardrop.methods.base import Paper, WeightMethod, check_choice, check_on, check_range
 from vardrop.methods.dropout import GaussianDropout
 from vardrop.noise import Layout, MultiplicativeGate, MultiplicativeNoise, Noise
-
-SHARING = ("layer", "input", "output", "weight")
+from vardrop.noise.weight import Sharing
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class VariationalDropout(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "alpha", SHARING)
+        check_choice(self, "alpha", get_args(Sharing))
         check_choice(self, "form", ("exact", "sigmoid", "cubic"))
         check_range(self, "init_log_alpha", below=0.0, closed=True)
         check_on(self, self.on)

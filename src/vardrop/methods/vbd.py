@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ from vardrop.errors import InvalidValueError
 from vardrop.methods.additive import AdditiveMethod
 from vardrop.methods.base import Paper, RuleName, check_choice
 from vardrop.noise import Layout, MultiplicativeNoise, Noise
-
-SHARING = ("layer", "input", "output", "weight")
+from vardrop.noise.weight import Sharing
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class VBD(AdditiveMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "alpha", SHARING)
+        check_choice(self, "alpha", get_args(Sharing))
         if not 0.0 <= self.low < self.high:
             raise InvalidValueError(f"VBD(low={self.low}, high={self.high}): must satisfy 0 <= low < high")
         if self.alpha != "weight" and self.train_clip:
