@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +23,7 @@ from vardrop.files import EVALUATION
 from vardrop.memory import keep_freed_memory
 from vardrop.methods import Method, methods
 from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
+from vardrop.settings import value_of
 from vardrop.train import Schedule
 
 app = typer.Typer(
@@ -373,27 +372,11 @@ def make_method(name: str, settings: Sequence[str]) -> Method:
             raise InvalidValueError(
                 f"--set {setting!r}: must be field=value with a field of {name}: {', '.join(names)}"
             )
-        values[key] = _parse(key, text, hints[key])
-    return cls(**values)
-
-
-def _parse(key: str, text: str, hint: Any) -> Any:
-    """`text` as a value of the type `hint`: a number, a truth value, a word, or none."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if text.lower() == "none" and type(None) in options:
-        return None
-    if bool in options:
-        if text.lower() not in ("true", "false"):
-            raise InvalidValueError(f"--set {key}={text}: must be true or false")
-        return text.lower() == "true"
-    kind = next((kind for kind in (float, int) if kind in options), None)
-    if kind is not None:
         try:
-            return kind(text)
-        except ValueError:
-            what = "a number" if kind is float else "a whole number"
-            raise InvalidValueError(f"--set {key}={text}: must be {what}") from None
-    return text
+            values[key] = value_of(text, hints[key])
+        except InvalidValueError as error:
+            raise InvalidValueError(f"--set {setting}: {error}") from None
+    return cls(**values)
 
 
 def _show_warnings_as_lines() -> None:
@@ -412,13 +395,13 @@ def _show_warnings_as_lines() -> None:
 def main() -> None:
     """The entry point: an error raised on purpose is one line on stderr, not a trace."""
     keep_freed_memory()
+    code: str | int | None = 0
     try:
         with warnings.catch_warnings():
             _show_warnings_as_lines()
-            code = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        code = error.exit_code
+            app()
+    except SystemExit as end:  # typer ends every command so, and has said by then what is wrong with an option
+        code = end.code
     except VardropError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         code = 1

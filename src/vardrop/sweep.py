@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
 
 from vardrop.compress import Job, Listeners, compress, differing
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.files import make_folder, replace_file
 from vardrop.report import figures
+from vardrop.settings import alternatives, value_of
 from vardrop.train import Schedule
 from vardrop.zoo import load_data
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FRONT = "front.json"
 PICTURE = "front.png"
 Against = Literal["compression", "flops"]
-Value = bool | int | float | str
+Value = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
     >>> parse_search(["kl_factor=0.1:10:log"], Job("lenet-5", "mnist", vd.ARD(), Schedule()))["kl_factor"].high
     10.0
     """
-    known = {field.name: str(field.type).split(" | ") for part in (job.method, job.schedule) for field in fields(part)}
+    known: dict[str, Any] = {}
+    for part in (job.method, job.schedule):
+        hints = get_type_hints(type(part))
+        known |= {field.name: hints[field.name] for field in fields(part)}
     if not settings:
         raise InvalidValueError(f"nothing to search: give --search field=low:high with a field of: {', '.join(known)}")
     found = {}
@@ -83,11 +87,10 @@ def parse_search(settings: Sequence[str], job: Job) -> dict[str, Range]:
                 f"--search {setting!r}: must be field=low:high, field=low:high:log or field=one,two with a field of: "
                 f"{', '.join(known)}"
             )
-        found[field] = _range(setting, text, known[field])
-        words = _words(get_type_hints(type(job.method)).get(field))
-        for choice in found[field].choices:
-            if words and choice not in words:
-                raise InvalidValueError(f"--search {setting!r}: {choice} must be one of {', '.join(words)}")
+        try:
+            found[field] = _range(text, known[field])
+        except InvalidValueError as error:
+            raise InvalidValueError(f"--search {setting!r}: {error}") from None
     return found
 
 
@@ -230,42 +233,30 @@ def _run_name(chosen: Mapping[str, Any]) -> str:
     return f"run-{hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _words(hint: Any) -> tuple[str, ...]:
-    """The words that a field of this type may be."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return tuple(word for part in get_args(hint) for word in _words(part))
+def _range(text: str, hint: Any) -> Range:
+    """The range that `text` names for a field of the type `hint`."""
+    low, *ends = text.split(":")
+    if not ends:
+        return Range(choices=tuple(_value(part, hint) for part in text.split(",")))
+    high, *log = ends
+    span = Range(_end(low, hint), _end(high, hint), log=log == ["log"], whole=int in alternatives(hint))
+    if not span.low < span.high or (log and (not span.log or span.low <= 0)):
+        raise InvalidValueError("must be low:high with low below high, and low above 0 where :log follows")
+    return span
 
 
-def _range(setting: str, text: str, kinds: Sequence[str]) -> Range:
-    """The range that `text` names for a field that may be of these `kinds`."""
-    if ":" not in text:
-        return Range(choices=tuple(_value(setting, part, kinds) for part in text.split(",")))
-    low, high, *rest = text.split(":")
-    ends = tuple(_value(setting, part, kinds) for part in (low, high))
-    whole = "int" in kinds
-    kind = int if whole else float
-    if not (type(ends[0]) is type(ends[1]) is kind and ends[0] < ends[1] and rest in ([], ["log"])) or (
-        rest and ends[0] <= 0
-    ):
-        raise InvalidValueError(
-            f"--search {setting!r}: must be low:high with low below high, and low above 0 where :log follows"
-        )
-    return Range(float(low), float(high), log=bool(rest), whole=whole)
+def _end(text: str, hint: Any) -> float:
+    number = _value(text, hint)
+    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        raise InvalidValueError(f"{text} must be a finite number")
+    return float(number)
 
 
-def _value(setting: str, text: str, kinds: Sequence[str]) -> Value:
-    whole = "int" in kinds
-    if whole or "float" in kinds:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or (whole and not value.is_integer()):
-            kind = "whole number" if whole else "finite number"
-            raise InvalidValueError(f"--search {setting!r}: {text} must be a {kind}")
-        return int(value) if whole else value
-    return text.lower() == "true" if text.lower() in ("true", "false") else text
+def _value(text: str, hint: Any) -> Value:
+    try:
+        return value_of(text, hint)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{text} {error}") from None
 
 
 def _point(trial: Any) -> Point:

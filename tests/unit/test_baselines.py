@@ -167,6 +167,7 @@ def test_a_pruned_weight_is_the_mean_of_its_likeliest_component():
     assert 0 < int((expected == 0).sum()) < 36
     assert torch.equal(net.noise.mask, expected != 0)
     torch.testing.assert_close(net(x), nn.functional.linear(x, expected, net.bias))
+    torch.testing.assert_close(vd.draws(net, x, samples=2), net(x).expand(2, -1, -1))
     torch.testing.assert_close(vd.strip(copy.deepcopy(net)).weight.data, expected)
     torch.testing.assert_close(net.train()(x), nn.functional.linear(x, plain * (expected != 0), net.bias))
     torch.testing.assert_close(vd.unprune(net).eval()(x), nn.functional.linear(x, plain, net.bias))

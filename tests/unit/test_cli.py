@@ -138,6 +138,22 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["methods", "all"], "unexpected extra argument"),
+        (["compress"], "Missing argument"),
+        (["compress", "lenet-5", "--epoch", "3"], "No such option: --epoch"),
+        (["evaluate", "run", "--samples", "few"], "Invalid value for '--samples'"),
+        (["prune"], "No such command 'prune'"),
+    ],
+)
+def test_a_command_that_does_not_exist_so_says_how_to_get_help(arguments, message):
+    done = vardrop(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "--help' for help" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["lenet-9"], "net 'lenet-9' is unknown"),
         (["lenet-300-100", "--method", "magic"], "method 'magic' is unknown; known are: ard, beta-bernoulli"),
         (["lenet-300-100", "--set", "threshold=high"], "--set threshold=high: must be a number"),

@@ -15,7 +15,7 @@ from vardrop.noise.pruning import MaskedWeights
 class SharedWeights(MaskedWeights):
     """Weights under a mixture of Gaussians, whose component 0 has its mean and its share pinned.
 
-    Unpruned, and in noisy passes, a weight is what it is. In quiet passes of a pruned layer each living weight is the
+    Unpruned, and in training mode, a weight is what it is. In eval mode each living weight of a pruned layer is the
     mean of its likeliest component but the one at zero.
 
     Args:
@@ -58,7 +58,7 @@ class SharedWeights(MaskedWeights):
         return means, at_least_float32(self.log_precisions), shares
 
     def sample_weight(self, weight: Tensor) -> Tensor:
-        return self.masked(weight) if self.active else self.settled(weight)
+        return self.masked(weight) if self.training else self.settled(weight)
 
     def settled(self, weight: Tensor) -> Tensor:
         """Every living weight at the mean of its likeliest free component, the dead ones at zero; all, once pruned."""
