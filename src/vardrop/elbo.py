@@ -72,8 +72,8 @@ class ELBO:
             enough = False
         if not enough:
             raise InvalidValueError(f"num_data={num_data!r}: must be a finite number of training examples, above 0")
-        if not 0.0 <= kl_factor < math.inf:
-            raise InvalidValueError(f"kl_factor={kl_factor}: must be a finite number, at least 0")
+        if not isinstance(kl_factor, int | float) or not 0.0 <= kl_factor < math.inf:
+            raise InvalidValueError(f"kl_factor={kl_factor!r}: must be a finite number, at least 0")
         if not (warmup is None or _is_schedule(warmup)):
             raise InvalidValueError(
                 f"warmup={warmup!r}: must be a function of the epoch, as vardrop.warmup.linear(epochs=20) is"

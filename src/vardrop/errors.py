@@ -57,5 +57,9 @@ class EmptyLayerWarning(VardropWarning):
     """Pruning would have emptied a layer, so its best site was kept."""
 
 
+class CompactionWarning(VardropWarning):
+    """A plain net cannot do all that the model did from which it was made."""
+
+
 class FastPathWarning(VardropWarning):
     """A part of the fast path is not to be had on this machine, so the plain one does its work."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
 import math
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import ConversionError, MissingExtraError, StorageError
 from vardrop.files import replace_file
+from vardrop.refusals import does_not_run
 from vardrop.sites import sites
-from vardrop.surgery.graph import as_batch
+from vardrop.surgery.graph import as_batch, quiet
 from vardrop.surgery.plain import plain_copy
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
@@ -64,7 +61,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
     program = _export(plain, longer)
 
     def write(aside: Path) -> None:
-        with _quiet():
+        with quiet():
             program.save(str(aside), external_data=False)
         try:
             runner = onnxruntime.InferenceSession(str(aside), providers=["CPUExecutionProvider"])
@@ -90,8 +87,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         with torch.no_grad():
             return [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
     except (RuntimeError, TypeError) as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ConversionError(f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}") from error
+        raise ConversionError(does_not_run(model, inputs, error)) from error
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -101,7 +97,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         shapes = (*shapes[:named], shapes[named:])
     try:
-        with _quiet():
+        with quiet():
             return torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     except RuntimeError as error:
         cause: BaseException = error
@@ -118,16 +114,3 @@ def _differences(runner: Any, inputs: tuple[Tensor, ...], expected: list[Tensor]
     if [output.shape for output in found] != [output.shape for output in expected]:
         return [math.inf]
     return [float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, expected, strict=True)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter talks in warnings and in the log; nothing of it helps a user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -28,7 +28,8 @@ from vardrop.baselines import baselines
 from vardrop.errors import InvalidValueError, StorageError
 from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
-from vardrop.sites import SLOTS, noises
+from vardrop.refusals import check_model
+from vardrop.sites import SLOTS, noises, sites
 from vardrop.surgery.convert import attach
 from vardrop.surgery.reading import HOLDERS, LAYERS
 from vardrop.surgery.selection import InputSelection
@@ -79,8 +80,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     >>> vd.load(folder, lambda: torch.nn.Linear(9, 9)).weight.shape
     torch.Size([2, 4])
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidValueError(f"model is a {type(model).__name__}: must be a torch.nn.Module, not its state")
+    check_model(model)
     folder = Path(folder)
     if is_model_folder(folder):
         if not overwrite:
@@ -123,7 +123,7 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
 
     Raises:
         StorageError: the folder is missing, damaged or foreign, or holds a model of another architecture.
-        InvalidValueError: `build` does not give a module.
+        InvalidValueError: `build` does not give a plain module.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / "net"
@@ -137,6 +137,10 @@ def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidValueError(
             f"build={build!r:.80}: must be a function without arguments that gives the original torch.nn.Module"
+        )
+    if next(sites(model), None) is not None:
+        raise InvalidValueError(
+            f"build={build!r:.80}: gives a converted model; must give the plain one, which load converts itself"
         )
     return _filled(folder, model, record, tensors)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vardrop.errors import InvalidValueError
 from vardrop.modes import in_eval_mode
 from vardrop.noise import InputGate
+from vardrop.refusals import does_not_run
 from vardrop.sites import Site, folded, sites, tensor_of
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -107,15 +108,18 @@ def flops(model: nn.Module, example_inputs: Inputs) -> int:
     Zeros count like other numbers, so this is what dense arithmetic costs. Elementwise operations do not count.
 
     Raises:
-        InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs.
+        InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs, or nothing `model` runs on.
 
     >>> from vardrop.measure import flops
     >>> flops(torch.nn.Linear(4, 2), torch.ones(1, 4))
     16
     """
-    counter = FlopCounterMode(display=False)
+    counter, inputs = FlopCounterMode(display=False), _as_tuple(example_inputs)
     with torch.no_grad(), in_eval_mode(model), _in_plain_operations(), counter:
-        model(*_as_tuple(example_inputs))
+        try:
+            model(*inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InvalidValueError(does_not_run(model, inputs, error)) from error
     return int(counter.get_total_flops())
 
 
@@ -157,8 +161,8 @@ def latencies(
     >>> latencies({"layer": layer}, torch.ones(1, 4), repeats=3)["layer"] > 0
     True
     """
-    if repeats < 1 or threads < 1:
-        raise InvalidValueError(f"repeats={repeats}, threads={threads}: must both be at least 1")
+    if not all(isinstance(number, int) and number >= 1 for number in (repeats, threads)):
+        raise InvalidValueError(f"repeats={repeats!r}, threads={threads!r}: must both be whole numbers, at least 1")
     calls = {name: _as_call(candidate, example_inputs) for name, candidate in candidates.items()}
     wait = example_inputs is not None and any(not x.is_cpu for x in _as_tuple(example_inputs))
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -34,7 +34,7 @@ class noise:
         generator: source of the draws from now on; ``None`` for torch's default.
 
     Raises:
-        InvalidValueError: `on` is something else.
+        InvalidValueError: `on` or `generator` is something else.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD()).eval()
     >>> x = torch.randn(2, 8)
@@ -48,6 +48,8 @@ class noise:
     def __init__(self, model: nn.Module, on: bool | None = True, *, generator: torch.Generator | None = None) -> None:
         if not (on is None or isinstance(on, bool)):
             raise InvalidValueError(f"on={on!r}: must be True, False, or None to follow model.training")
+        if not isinstance(generator, torch.Generator | None):
+            raise InvalidValueError(f"generator={generator!r}: must be a torch.Generator, or None for torch's default")
         self._before = [(site.noise, site.noise.on, site.noise.generator) for site in sites(model)]
         for module, _, _ in self._before:
             module.on, module.generator = on, generator
@@ -136,8 +138,8 @@ def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iter
     every random number is drawn anew for each sample, be it one for each example or one for the whole minibatch.
     What ``vmap`` cannot follow, such as recurrent layers, is called once for each sample, and so is a model with hooks.
     """
-    if not isinstance(samples, int) or samples < 1:
-        raise InvalidValueError(f"samples={samples}: must be a whole number, at least 1")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InvalidValueError(f"samples={samples!r}: must be a whole number, at least 1")
     inputs = x if isinstance(x, tuple) else (x,)
     first, size = _first_pass(model, inputs)
     if not isinstance(first, Tensor):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vardrop.errors import ConversionError, InvalidValueError
 from vardrop.methods.base import Method
 from vardrop.noise import Gate, Noise, child, noises_of
+from vardrop.refusals import check_model
 
 SLOTS = ("noise", "gate")
 
@@ -60,10 +61,14 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
     A layer with noise on its weights and a gate on its units gives two.
 
+    Raises:
+        InvalidValueError: `model` is no module.
+
     >>> net = vd.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)), (vd.BetaBernoulli(), vd.ARD()))
     >>> [site.name for site in vd.sites(net)]
     ['0', '0.gate']
     """
+    check_model(model)
     seen: set[Noise] = set()
     for name, layer in model.named_modules():
         for slot, parameter, noise in noises(layer):

@@ -54,6 +54,7 @@ def step(epoch: int) -> Schedule:
 
 
 def _ramp(epochs: int, start: int, *, power: int) -> Schedule:
-    if not 0 <= start < epochs:
-        raise InvalidValueError(f"epochs={epochs}, start={start}: must satisfy 0 <= start < epochs")
+    numbers = isinstance(epochs, int | float) and isinstance(start, int | float)
+    if not (numbers and 0 <= start < epochs):
+        raise InvalidValueError(f"epochs={epochs!r}, start={start!r}: must be numbers with 0 <= start < epochs")
     return lambda epoch: float(min(1.0, max(0.0, (epoch - start) / (epochs - start))) ** power)

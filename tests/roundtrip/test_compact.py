@@ -8,7 +8,7 @@ from exactness import assert_same, parameters, randomised
 from torch import nn
 
 import vardrop as vd
-from vardrop.errors import GraphError, InvalidValueError
+from vardrop.errors import CompactionWarning, GraphError, InvalidValueError
 from vardrop.noise import InputGate
 from vardrop.surgery.plan import Plan
 
@@ -111,3 +111,62 @@ def test_its_errors_are_those_of_the_cut():
         vd.compact(model, torch.randn(2, 1, 6, 6))
     small = vd.compact(model, torch.randn(2, 1, 6, 6), on_unknown="keep")
     assert small[6].out_features == 8
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 1, padding=1), nn.MaxPool2d(3, 1, padding=1)])
+def test_a_net_made_on_small_images_holds_for_large_ones(pool):
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), pool, nn.Conv2d(6, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3] = 0.0, 1.0
+    small = vd.compact(model, torch.randn(2, 1, 1, 1))
+    assert small[0].out_channels == (6 if isinstance(pool, nn.AvgPool2d) else 3)
+    for size in (1, 2, 6):
+        x = torch.randn(3, 1, size, size)
+        torch.testing.assert_close(small(x), model(x))
+
+
+def test_layers_without_units_are_left():
+    model = vd.convert(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)), vd.ARD()).eval()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(vd.compact(model, x)(x), model(x))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.aid = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return (self.last(x), self.aid(x)) if self.training else self.last(x)
+
+
+def test_a_head_that_runs_in_training_alone_is_told():
+    model = TwoHeads()
+    vd.compact(model, torch.randn(2, 4))
+    with torch.no_grad():
+        model.last.weight[:, :3] = 0
+    with pytest.warns(CompactionWarning, match="layer 'aid' runs in training but not in eval mode"):
+        small = vd.compact(model, torch.randn(2, 4))
+    assert small.first.out_features == 3 and small.aid.in_features == 6
+
+
+def test_a_net_that_knows_by_its_variances_is_told():
+    model = vd.convert(nn.Linear(4, 2), vd.VarianceNetwork())
+    with pytest.warns(CompactionWarning, match="VarianceNetwork holds what a net knows in the variances"):
+        vd.compact(model, torch.randn(2, 4))
+
+
+def test_padding_that_torch_zeroes_is_told():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.encoder = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x):
+            return self.encoder(self.table(x), src_key_padding_mask=x == 0).sum(1)
+
+    with pytest.raises(GraphError, match="TransformerEncoder zeroes padded positions"):
+        vd.compact(vd.convert(Summed(), vd.ARD()), torch.tensor([[1, 2, 3, 0, 0]]))

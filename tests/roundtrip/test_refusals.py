@@ -202,3 +202,47 @@ def test_weights_that_are_computed_keep_their_units():
     done = cut(model, torch.randn(2, 4))
     assert model[0].out_features == 6
     assert done.notes == ("linear is kept as it is: its weight is computed, not a parameter",)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_branch_on_the_batch_size_is_seen_by_the_comparison(times):
+    model = net(lambda x: x * 2 if (len(x) > 5) == (times == 3) else x)
+    refuse(model, "gives other outputs", torch.randn(times, 4))
+
+
+class Gained(nn.Module):
+    def __init__(self, persistent):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("gain", torch.linspace(1.0, 2.0, 6), persistent=persistent)
+
+    def forward(self, x):
+        return self.last(self.first(x).sigmoid() * self.gain)
+
+
+@pytest.mark.parametrize(("persistent", "width"), [(False, 6), (True, 4)])
+def test_a_buffer_that_is_not_stored_keeps_its_units(persistent, width):
+    model = Gained(persistent)
+    ignore(model.last, [2, 3])
+    _, small = check(model, torch.randn(2, 4))
+    assert small.first.out_features == len(small.gain) == width
+
+
+def test_a_layer_that_reads_packed_sequences_is_named():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reader, self.last = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.last(self.reader(packed)[1][0][-1])
+
+    with pytest.raises(GraphError, match="layer 'reader' reads packed sequences, .* padded ones"):
+        plan(Packed(), (torch.randn(2, 3, 4), torch.tensor([3, 2])), on_unknown="keep")
+
+
+def test_what_torch_says_of_a_failed_trace_is_not_printed(capfd):
+    with pytest.raises(GraphError, match="without branches on the data"):
+        cut(net(lambda x: x if x.sum() > 0 else -x), torch.randn(2, 4))
+    assert capfd.readouterr() == ("", "")

@@ -118,7 +118,7 @@ def test_a_plain_child_that_is_called_like_noise_is_none(name):
 
 
 def test_bad_input(x):
-    with pytest.raises(InvalidValueError, match="least=0: must be at least 1"):
+    with pytest.raises(InvalidValueError, match="least=0: must be a whole number, at least 1"):
         vd.select_inputs(plain(), least=0)
     with pytest.raises(InvalidValueError, match="layer '1' is noisy: call vardrop.compact"):
         vd.select_inputs(pruned())

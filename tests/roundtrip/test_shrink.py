@@ -350,3 +350,15 @@ def test_a_layer_that_runs_in_training_alone_is_not_cut_from():
     with pytest.raises(GraphError, match="layer 'aid' runs in training but not in eval mode"):
         vd.shrink(net, optimizer, torch.randn(2, 4))
     assert net.body.weight.shape == (16, 4) and [y.shape[1] for y in net(torch.randn(2, 4))] == [3, 5]
+
+
+def test_what_describes_a_layer_as_a_whole_stays():
+    model = vd.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), vd.SoftWeightSharing()).eval()
+    for site in vd.sites(model):
+        site.noise.mask = torch.ones_like(site.weight, dtype=torch.bool)
+    model[0].noise.mask[:5] = False
+    x = torch.randn(4, 6)
+    before = model(x)
+    vd.shrink(model, torch.optim.Adam(model.parameters()), x)
+    assert model[0].out_features == 3 and model[0].noise.means.shape == (16,)
+    torch.testing.assert_close(model(x), before)

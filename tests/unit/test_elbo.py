@@ -221,3 +221,9 @@ def test_rules_follow_their_definitions():
 def test_hyper_parameters_are_checked_when_a_method_is_made(make, message):
     with pytest.raises(InvalidValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("call", [vd.kl, vd.prune, lambda model: vd.ELBO(5)(model, torch.tensor(1.0))])
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(InvalidValueError, match=r"model is a Tensor: must be a torch\.nn\.Module"):
+        call(torch.tensor(1.0))

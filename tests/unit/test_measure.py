@@ -105,7 +105,7 @@ def test_measuring_gives_every_part_its_own_mode_back():
     vd.summary(model, example_inputs=x)
     broken = nn.Sequential(model, Failing())
     for measure in (flops, latency):
-        with pytest.raises(RuntimeError, match="broken"):
+        with pytest.raises((RuntimeError, InvalidValueError), match="broken"):
             measure(broken, x)
     assert [module.training for module in broken.modules()] == [True, True, True, False, True, True]
     assert model[1].num_batches_tracked == 0
@@ -131,9 +131,9 @@ def test_threads_are_set_for_the_time_of_measuring():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"threads": 0}])
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"threads": 0}, {"repeats": 2.5}])
 def test_bad_counts_are_refused(wrong):
-    with pytest.raises(InvalidValueError, match="must both be at least 1"):
+    with pytest.raises(InvalidValueError, match="must both be whole numbers, at least 1"):
         latency(lambda: None, **wrong)
 
 
@@ -252,3 +252,8 @@ def test_a_frozen_part_keeps_its_mode_where_a_net_is_only_looked_at():
     error_and_nll(model, flat)
     flops(model, flat.x[:1])
     assert model.training and not model[1].training
+
+
+def test_a_net_that_does_not_run_on_the_inputs_is_named():
+    with pytest.raises(InvalidValueError, match=r"Linear does not run on inputs of shape \(1, 7\)"):
+        flops(nn.Linear(3, 2), torch.ones(1, 7))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Noise(nn.Module):
         method: the frozen method that made this noise and prices it; set by :func:`vardrop.convert`.
     """
 
+    of_layer: ClassVar[frozenset[str]] = frozenset()
+    """Names of own tensors that describe the layer as a whole, and so stay when units leave it."""
     mask: Tensor | None
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class SharedWeights(MaskedWeights):
         log_precisions: ``-2 log std`` of all components, the one at zero first, ``(1 + components,)``.
         logits: of the shares of the free components among them, ``(components,)``.
     """
+
+    of_layer: ClassVar[frozenset[str]] = frozenset({"means", "log_precisions", "logits"})
 
     def __init__(self, weight: Tensor, *, components: int, zero_share: float, std: float) -> None:
         super().__init__()

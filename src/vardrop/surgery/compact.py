@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, overload
 
 from torch import nn
 
+from vardrop.errors import CompactionWarning
 from vardrop.surgery.cut import cut, plan
-from vardrop.surgery.plain import plain_copy
+from vardrop.surgery.graph import as_arguments
+from vardrop.surgery.plain import plain_copy, trained_alone
 from vardrop.surgery.plan import Plan
 
 
@@ -27,7 +30,9 @@ def compact(
     """A smaller copy of `model` in plain torch.nn, with the outputs of the pruned model in eval mode.
 
     A unit goes if no living weight reads it, or if it is a constant that moves exactly into the bias of its
-    readers. Modules keep their classes and names. The result is held against the model before it is returned.
+    readers. Modules keep their classes and names. The result is held against the model before it is returned: on the
+    example, on random inputs of its shape, and on a batch of one and a larger one. What a forward decides by the size
+    of its input, it is taken to decide as for the example.
 
     Args:
         model: a converted model, or a plain one whose weights hold zeros; it is left as it is.
@@ -38,7 +43,10 @@ def compact(
     Raises:
         GraphError: the model cannot be traced, holds an operation without a rule, states sizes in its code
             that the cut changes, does not give the same outputs after the cut, or uses a noisy weight elsewhere too.
-        InvalidValueError: `on_unknown` is something else.
+        InvalidValueError: `on_unknown` is something else, or `model` is no module.
+
+    Warns:
+        CompactionWarning: a layer runs in training alone, or the model holds what it knows in variances.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> net = vd.convert(net, vd.ARD())
@@ -55,5 +63,13 @@ def compact(
     small = plain_copy(model, example_inputs)
     if dry_run:
         return plan(small, example_inputs, on_unknown=on_unknown)
-    cut(small, example_inputs, on_unknown=on_unknown)
+    alone = trained_alone(small, as_arguments(example_inputs))
+    done = cut(small, example_inputs, on_unknown=on_unknown)
+    if alone and done.parameters_after < done.parameters_before:
+        warnings.warn(
+            f"layer {alone[0]!r} runs in training but not in eval mode and is left as it was: the small net cannot be "
+            "trained on with it",
+            CompactionWarning,
+            stacklevel=2,
+        )
     return small

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -25,6 +25,7 @@ from vardrop.layers import (
 )
 from vardrop.methods.base import GateMethod, Method
 from vardrop.noise import DependentGate, Gate, Noise
+from vardrop.refusals import check_model
 from vardrop.sites import SLOTS, folded, noises, sites, tensor_of
 
 Patterns = str | Sequence[str]
@@ -68,8 +69,7 @@ def convert(
     >>> [type(site.method).__name__ for site in vd.sites(net)]
     ['SparseVD', 'ARD']
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidValueError(f"model={model!r:.80}: must be a torch.nn.Module")
+    check_model(model)
     given = method if isinstance(method, Mapping) else {"*": method}
     by_pattern = {pattern: _as_methods(pattern, value) for pattern, value in given.items()}
     chosen = _choose(model, by_pattern, _as_patterns(include, "include"), _as_patterns(exclude, "exclude"))
@@ -348,8 +348,10 @@ def _known(gated: bool) -> str:
 
 
 def _as_patterns(patterns: Patterns | None, argument: str) -> tuple[str, ...] | None:
-    found = (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
-    for pattern in found or ():
+    if patterns is None:
+        return None
+    found = tuple(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else (patterns,)
+    for pattern in found:
         _check_pattern(pattern, argument)
     return found
 

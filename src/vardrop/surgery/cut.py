@@ -23,8 +23,8 @@ from vardrop.surgery.reading import Follower, Layer
 def plan(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") -> Plan:
     """What :func:`cut` would do; `model` is left as it is.
 
-    The cut is made on a copy and compared with the model on the example, on a random input of the same shape,
-    and on both as one batch where the model takes it.
+    The cut is made on a copy and compared with the model on the example, on a random input of the same shape, and,
+    where the model takes them, on a batch of one and on a large one.
 
     Args:
         model: a network of torch.nn layers whose weights hold zeros.
@@ -235,18 +235,24 @@ def _compare_copies(large: nn.Module, inputs: tuple[Any, ...], graph: Graph, ali
 
 
 def _samples(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The example, a random input of the same shape, and both as one batch."""
+    """The example, a random input of the same shape, one of its examples, and both as one batch, of 16 at least."""
     generator = torch.Generator().manual_seed(0)
 
     def random(leaf: Any) -> Any:
         return torch.randn(leaf.shape, generator=generator).to(leaf) if _is_float(leaf) else leaf
 
     other = tree_map(random, inputs)
-    return [inputs, other, tree_map(_stacked, inputs, other)]
+    return [inputs, other, tree_map(_first, other), tree_map(_stacked, inputs, other)]
+
+
+def _first(leaf: Any) -> Any:
+    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
 def _stacked(first: Any, second: Any) -> Any:
-    return torch.cat([first, second]) if isinstance(first, Tensor) and first.ndim else first
+    if not isinstance(first, Tensor) or not first.ndim:
+        return first
+    return torch.cat([first, second] * max(1, 8 // max(1, len(first))))
 
 
 def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:

@@ -9,8 +9,11 @@ done here.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph as Traced
 from torch.fx import Node
+from torch.nn.utils.rnn import PackedSequence
 
 from vardrop.errors import GraphError, InvalidValueError
+from vardrop.refusals import does_not_run
 from vardrop.surgery.reading import (
     Balance,
     FixedSize,
@@ -175,23 +180,50 @@ def read(
 
 def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mapping[str, str]]:
     """The operations of one pass, and the name of the parameter or buffer behind each placeholder."""
+    packed: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: packed.append(name) if isinstance(inputs[0], PackedSequence) else None
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase)
+    ]
     try:
         with torch.no_grad():
             model(*arguments)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in arguments)
-        raise GraphError(f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}") from error
+        raise GraphError(does_not_run(model, arguments, error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
+        with torch.no_grad(), quiet():
             program = torch.export.export(model, arguments, strict=False)
     except Exception as error:
+        if packed:
+            raise GraphError(
+                f"layer {packed[0]!r} reads packed sequences, which torch.export cannot trace: cut the model with a "
+                "forward that takes padded ones, or take its noise out by vardrop.strip alone"
+            ) from error
         raise GraphError(
             f"{type(model).__name__} cannot be traced by torch.export, which needs a forward without "
             f"branches on the data: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     signature = program.graph_signature
     return program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export and its ONNX exporter talk in warnings, in the log and on stderr; nothing of it helps a user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:

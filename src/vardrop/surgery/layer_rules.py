@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def convolution(reading: Reading, node: Node) -> Outcome:
 
 def canonical(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """Any layer's weight as ``(groups, outputs of a group, inputs of a group, taps)``."""
-    split = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    split = weight.reshape(groups, len(weight) // groups, weight.shape[1], math.prod(weight.shape[2:]))
     return split.transpose(1, 2) if transposed else split
 
 

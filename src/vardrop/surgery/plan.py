@@ -139,7 +139,7 @@ class _Marks:
     def spare_the_last(self) -> bool:
         """Revives one unit of the last layer that would have none, a constant one by choice."""
         for layer in reversed(self.graph.layers):
-            if not self.lives(layer.outputs).any():
+            if len(layer.outputs) and not self.lives(layer.outputs).any():
                 best = int(layer.makes.isnan().int().argmin())
                 return self.add(layer.outputs[best : best + 1], f"the last unit of {layer.name}")
         return False

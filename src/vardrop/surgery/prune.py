@@ -91,7 +91,7 @@ def prune(
     """
     if on_empty not in ("keep-best", "refuse"):
         raise InvalidValueError(f"on_empty={on_empty!r}: must be 'keep-best' or 'refuse'")
-    if not isinstance(threshold, int | float | None):
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | None):
         raise InvalidValueError(f"threshold={threshold!r}: must be a number")
     masks = {site: _mask(site, threshold, on_empty) for site in sites_of_converted(model)}
     for name in _spare_the_last(masks):

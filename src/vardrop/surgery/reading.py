@@ -194,6 +194,8 @@ class Reading:
         if len(node.users) > 1:
             return f"{name} is used {len(node.users)} times"
         owner = self.owner(name)
+        if name.rpartition(".")[2] in owner._non_persistent_buffers_set:
+            return f"{name} is in no state_dict, so that its cut could not be stored"
         known = all(base in _RESIZABLE_BASES for base in type(owner).__mro__ if base.__module__.startswith("torch.nn."))
         return None if known else f"{name} belongs to a {type(owner).__name__}"
 

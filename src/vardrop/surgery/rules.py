@@ -39,6 +39,11 @@ def barrier(reading: Reading, node: Node) -> Outcome:
     return reading.stop(node)
 
 
+def fresh(reading: Reading, node: Node) -> Outcome:
+    """A new tensor of a size of its own, whatever the values of the one that it is made from."""
+    return None
+
+
 def same(reading: Reading, node: Node) -> Outcome:
     """Units and constants pass unchanged."""
     return reading.value(node.args[0])
@@ -158,21 +163,27 @@ def norm(reading: Reading, node: Node) -> Outcome:
 
 
 def spatial(reading: Reading, node: Node) -> Outcome:
-    """Pooling, padding and resizing treat each channel alone; what becomes of constants is seen by trying."""
+    """Pooling, padding and resizing treat each channel alone; what becomes of constants is seen by trying.
+
+    On larger inputs too: what padding does to a constant may not show where all outputs lie at the border.
+    """
     value, before = reading.value(node.args[0]), shape(cast(Node, node.args[0]))
     if value is None or _reaches(node, value.dim, len(before)):
         return reading.stop(node)
     const = unknown(len(value))
     if value.known.any():
-        sizes = [1 if dim == 0 else size for dim, size in enumerate(before)]
-        sizes[value.dim] = -1
         columns = value.const[value.known].view(-1, *[1] * (len(before) - 1 - value.dim))
-        made = cast(Any, node.target)(columns.expand(sizes).contiguous(), *node.args[1:], **node.kwargs)
-        rows = (made if isinstance(made, Tensor) else made[0]).movedim(value.dim, 0).flatten(1)
+        made = []
+        for scale in (1, 3):
+            sizes = [1 if dim == 0 else scale * size for dim, size in enumerate(before)]
+            sizes[value.dim] = -1
+            out = cast(Any, node.target)(columns.expand(sizes).contiguous(), *node.args[1:], **node.kwargs)
+            made.append((out if isinstance(out, Tensor) else out[0]).movedim(value.dim, 0).flatten(1))
+        rows = torch.cat(made, dim=1)
         uniform = rows.amax(1) - rows.amin(1) <= 1e-12 * rows.abs().amax(1)
         const[value.known] = torch.where(uniform, rows[:, 0], torch.nan)
-    out = Value(value.dim, value.ids, const)
-    return out if isinstance(node.meta["val"], Tensor) else [out, out.varying()]
+    units = Value(value.dim, value.ids, const)
+    return units if isinstance(node.meta["val"], Tensor) else [units, units.varying()]
 
 
 def _reaches(node: Node, dim: int, ndim: int) -> bool:
@@ -254,6 +265,7 @@ ELEMENTWISE = """
     log log1p sqrt rsqrt square pow sin cos tan sinh cosh asinh atan erf reciprocal sign floor ceil round
     trunc add sub rsub mul div maximum minimum eq ne lt le gt ge where masked_fill lerp addcmul addcdiv to
     _to_copy nan_to_num logical_not logical_and logical_or isnan zeros_like ones_like
+    full_like logit remainder fmod
 """
 SPATIAL = """
     max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
@@ -270,7 +282,7 @@ BARRIERS = """
     std_mean all any index gather scatter take_along_dim masked_select roll flip pixel_shuffle
     pixel_unshuffle channel_shuffle cosine_similarity pairwise_distance cdist cross_entropy_loss nll_loss
     mse_loss l1_loss cross outer tril triu one_hot fft_fft fft_ifft fft_rfft fft_irfft
-    grid_sampler
+    grid_sampler lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 """
 
 
@@ -285,6 +297,7 @@ RULES: Mapping[str, Rule] = _table(
         convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         norm: "batch_norm instance_norm",
         prelu: "prelu",
+        fresh: "new_zeros new_ones new_full new_empty",
         same: "clone contiguous detach alias",
         dropout: "dropout feature_dropout alpha_dropout feature_alpha_dropout",
         elementwise: ELEMENTWISE,
@@ -292,9 +305,9 @@ RULES: Mapping[str, Rule] = _table(
         reduction: "mean sum amax amin",
         reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze",
         permute: "permute transpose swapaxes swapdims movedim moveaxis t numpy_T",
-        expand: "expand repeat",
+        expand: "expand broadcast_to repeat",
         part: "slice select narrow index_select",
-        chunk: "chunk split split_with_sizes",
+        chunk: "chunk split split_with_sizes tensor_split",
         glu: "glu",
         concatenate: "cat concat concatenate",
         recurrent: "lstm gru rnn_tanh rnn_relu",

@@ -78,8 +78,8 @@ def select_inputs(model: nn.Module, *, least: int = WORTH_SELECTING) -> nn.Modul
       )
     )
     """
-    if least < 1:
-        raise InvalidValueError(f"least={least}: must be at least 1")
+    if not isinstance(least, int) or least < 1:
+        raise InvalidValueError(f"least={least!r}: must be a whole number, at least 1")
     small = deepcopy(model)
     users = [parameter for layer in small.modules() for parameter in layer._parameters.values()]
     for name, layer in small.named_modules():

@@ -19,7 +19,7 @@ from vardrop.sites import noises, sites, sites_of_converted, tensor_of
 from vardrop.surgery.convert import strip
 from vardrop.surgery.cut import count_anew, left_behind, living_groups, living_part, prove, stays_whole
 from vardrop.surgery.graph import Graph, as_arguments
-from vardrop.surgery.plain import copy_of
+from vardrop.surgery.plain import copy_of, trained_alone
 from vardrop.surgery.plan import Alive, Plan
 from vardrop.surgery.prune import prune
 from vardrop.surgery.reading import Follower, Layer
@@ -118,33 +118,17 @@ def _check_model(model: nn.Module) -> None:
     for site in found:
         obstacle = why_whole(site.method)
         if obstacle is not None:
-            raise ConversionError(f"layer {site.name!r}: {obstacle}; call vardrop.compact after the training")
+            rest = "" if site.method.by_ensemble else "; call vardrop.compact after the training"
+            raise ConversionError(f"layer {site.name!r}: {obstacle}{rest}")
 
 
 def _check_training(plain: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Raises where a layer runs in training alone: what it reads is not seen in the pass by which the net is cut."""
-    ran = {mode: _layers_run(plain, arguments, mode) for mode in (False, True)}
-    for name in ran[True] if ran[False] else ():
-        if name not in ran[False]:
-            raise GraphError(
-                f"layer {name!r} runs in training but not in eval mode, so what it reads of other layers cannot be "
-                "told: call vardrop.compact after the training"
-            )
-
-
-def _layers_run(plain: nn.Module, arguments: tuple[Any, ...], training: bool) -> list[str]:
-    """The layers with parameters that run in a pass in training or in eval mode; none where there can be no pass."""
-    copy = copy_of(plain).train(training)
-    ran: list[str] = []
-    for name, layer in copy.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None:
-            layer.register_forward_hook(lambda *_, name=name: ran.append(name))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy(*arguments)
-    except Exception:  # such as batch-norm on one example in training; what does not run at all is told by the tracing
-        return []
-    return ran
+    for name in trained_alone(plain, arguments):
+        raise GraphError(
+            f"layer {name!r} runs in training but not in eval mode, so what it reads of other layers cannot be told: "
+            "call vardrop.compact after the training"
+        )
 
 
 def why_whole(method: Method) -> str | None:
@@ -230,7 +214,7 @@ def _noise_cuts(
         host = tensor_of(layer, parameter).shape
         for key, tensor in chain(held.noise.named_parameters(), held.noise.named_buffers()):
             name = f"{owner}.{held.slot}.{key}".lstrip(".")
-            if tensor.numel() == 1:
+            if tensor.numel() == 1 or key in held.noise.of_layer:
                 continue
             if not isinstance(held.noise, Gate):
                 _check_spreads(name, tensor, host)

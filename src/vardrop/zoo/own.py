@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vardrop.errors import InvalidValueError
 
 
@@ -43,6 +45,8 @@ def call_own(spec: str, **offered: Any) -> Any:
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise InvalidValueError(f"{spec!r}: {path} has no function {name!r}; it has: {', '.join(known) or 'none'}")
+    if isinstance(function, nn.Module):
+        raise InvalidValueError(f"{spec!r} is a {type(function).__name__}: must be a function that gives one")
     taken = inspect.signature(function).parameters
     try:
         return function(**{key: value for key, value in offered.items() if key in taken})
