@@ -41,12 +41,14 @@ def table() -> str:
             continue
         run = json.loads(path.read_text())
         pruned, small = run["pruned"], run["compacted"]
+        largest = small["largest_difference"]
+        same = f"outputs differ by at most {largest:.0e}" if largest else "the same outputs to the bit"
         paper = "{error:.2f} %, {compression}x ({source})".format(**row["paper"]) if "paper" in row else ""
         lines.append(
             f"| {row['title']} | {paper} "
             f"| {100 * pruned['error']:.2f} % | {pruned['compression']:.1f}x "
             f"| {small['parameters']:,} parameters, {small['bytes']:,} bytes "
-            f"| {100 * small['error']:.2f} %, outputs differ by at most {small['largest_difference']:.0e} |"
+            f"| {100 * small['error']:.2f} %, {same} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -36,7 +36,7 @@ FLOORS = [
     {"fused"},
     {"lrt"},
     {"functional"},
-    {"warmup", "files", "memory", "modes"},
+    {"warmup", "files", "memory", "modes", "refusals", "settings"},
     {"errors"},
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -133,6 +133,7 @@ def test_every_public_name_has_a_docstring_with_an_example(name):
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 def test_every_method_names_its_source(cls):
     assert re.search(r"Source: arXiv:\d{4}\.\d{4,5}", cls.__doc__)
+    assert "\n\n    Raises:\n        InvalidValueError: " in cls.__doc__
     assert re.fullmatch(r"\d{4}\.\d{4,5}", cls.paper.arxiv)
 
 

@@ -324,7 +324,11 @@ def list_methods() -> None:
         defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
-    console.print("[bold]Networks:[/bold] " + ", ".join(NETS) + ", or your own: file.py:function")
+    console.print(
+        "[bold]Networks:[/bold] "
+        + ", ".join(NETS)
+        + "; a size may follow, such as mlp-340 or vgg-like-0.125; or your own: file.py:function"
+    )
     console.print(
         "[bold]Data:[/bold] "
         + ", ".join(DATASETS)

@@ -30,7 +30,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors makes files that nobody else may read
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)

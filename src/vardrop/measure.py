@@ -258,15 +258,17 @@ class Summary:
             f"{self.tensor_bytes:,} bytes",
         ]
         facts += [f"units {self.units}"] if self.units else []
-        facts += [] if self.flops is None else [f"{self.flops:,} FLOPs"]
+        facts += [] if self.flops is None else [f"{self.flops:,} FLOPs for the example inputs"]
         return "\n".join([*lines, ", ".join(facts)])
 
 
 def summary(model: nn.Module, *, example_inputs: Inputs | None = None) -> Summary:
     """What each weight and gate of `model`, converted or plain, has left alive, its KL and log alpha; what all weighs.
 
-    A weight is a parameter of two or more dimensions; a tied one is listed once. A number in a converted layer is
-    alive until :func:`vardrop.prune` marks it dead, in a plain layer as long as it is not zero.
+    Bytes and parameters are those of the dense net without its noise; FLOPs are those of one pass over
+    `example_inputs`, so of a whole batch where they are one, as :func:`vardrop.measure.flops` counts them. A weight is
+    a parameter of two or more dimensions; a tied one is listed once. A number in a converted layer is alive until
+    :func:`vardrop.prune` marks it dead, in a plain layer as long as it is not zero.
 
     Raises:
         InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs.

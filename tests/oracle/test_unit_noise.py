@@ -272,3 +272,14 @@ def test_gaussian_noise_on_inputs_is_of_each_element_and_gives_the_variance_of_i
 def layer_of(net, x):
     """What the plain convolution gives."""
     return torch.nn.functional.conv2d(x, net.weight, net.bias, padding=1)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "method", [vd.GaussianDropout(on="inputs"), vd.VariationalDropout(on="inputs", init_log_alpha=0.0)], ids=repr
+)
+@pytest.mark.parametrize("layer", [nn.Conv1d(1, 1, 1, bias=False), nn.Linear(1, 1, bias=False)], ids=["conv", "linear"])
+def test_the_positions_of_an_input_have_draws_of_their_own(layer, method):
+    x = torch.ones(DRAWS, *((1, 2) if isinstance(layer, nn.Conv1d) else (2, 1)))
+    y = vd.convert(nn.Sequential(copy.deepcopy(layer)), method).train()(x).flatten(1) / layer.weight.flatten()
+    torch.testing.assert_close(torch.cov(y.T), torch.eye(2), rtol=0, atol=0.05)

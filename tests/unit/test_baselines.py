@@ -338,3 +338,8 @@ def test_the_whole_road_on_digits(name, settings, tmp_path):
 def test_bad_values_are_refused(make, message):
     with pytest.raises(InvalidValueError, match=message):
         make()
+
+
+def test_the_budget_of_an_adversary_is_not_lost_to_rounding():
+    changed = worst_near(torch.zeros(1, 100), torch.ones(1, 100), 0.29, 1)
+    assert int((changed != 0).sum()) == 29

@@ -218,3 +218,18 @@ def test_a_scripted_part_is_left_alone_and_a_scripted_net_is_refused():
         vd.prune(net, threshold="3")
     with pytest.raises(InvalidValueError, match="lr='x': must be a finite number"):
         vd.parameter_groups(net, lr="x")
+
+
+@pytest.mark.parametrize(
+    ("include", "error", "message"),
+    [
+        (["0", "1"], UnsupportedLayerError, "layer '1' is a ReLU, not supported; supported are exactly Linear"),
+        ([], InvalidValueError, r"include=\[\]: must name layers"),
+        (3, InvalidValueError, "include: 3 is no name pattern"),
+    ],
+)
+def test_an_included_layer_without_a_noisy_form_is_refused(include, error, message):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(error, match=message):
+        vd.convert(model, vd.ARD(), include=include)
+    assert next(vd.sites(model), None) is None

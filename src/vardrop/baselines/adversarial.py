@@ -25,6 +25,9 @@ class AdversarialDropout(Method):
         budget: the paper's ``delta``, in [0, 1].
         weight: the paper's ``lambda``, at least 0; of several in one net the first counts.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1707.03631, algorithm 1; the numbers are choices of this library.
 
     >>> net = vd.convert(torch.nn.Linear(40, 2), vd.AdversarialDropout(budget=0.1))

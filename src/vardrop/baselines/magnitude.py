@@ -29,6 +29,9 @@ class MagnitudePruning(Method):
         every: epochs of retraining after each round, at least 1.
         rounds: their number, at least 1.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1506.02626, section 3.
 
     >>> net = vd.convert(torch.nn.Linear(10, 2), vd.MagnitudePruning(sparsity=0.9))

@@ -39,6 +39,9 @@ class SoftWeightSharing(Method):
         precisions_lr: that of the log-precisions.
         shares_lr: that of the logits of the free components' shares.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1702.04008, section 3; first values, hyper-priors and learning rates are those of its authors' code.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.SoftWeightSharing(components=2))

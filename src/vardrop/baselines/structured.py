@@ -29,6 +29,9 @@ class StructuredSparsityLearning(GateMethod):
             examples of MNIST.
         threshold: root mean square of the weights of a group.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1608.03665, equations 1 and 2.
 
     >>> net = vd.convert(torch.nn.Linear(2, 2, bias=False), vd.StructuredSparsityLearning(strength=10.0))

@@ -30,6 +30,9 @@ class DynamicNetworkSurgery(Method):
         gamma: how fast the changes of the masks become rare, at least 0.
         power: the exponent of that, at least 0.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1608.04493, equations 3 and 4 and section 3.3; the numbers are choices of this library.
 
     >>> net = vd.convert(torch.nn.Linear(10, 2), vd.DynamicNetworkSurgery(c=0.0))

@@ -18,6 +18,9 @@ class ARD(AdditiveMethod):
 
     The KL is ``log(1 + mean^2 / std^2) / 2`` a weight.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1811.00596, section 3.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.ARD())

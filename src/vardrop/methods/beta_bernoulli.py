@@ -30,6 +30,9 @@ class BetaBernoulli(GateMethod):
         init_b: first value of b.
         temperature: of the relaxed on-off variable, above 0.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1805.10896, section 4.1.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.BetaBernoulli())

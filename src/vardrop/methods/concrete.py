@@ -26,6 +26,9 @@ class ConcreteDropout(Method):
         length_scale: of the Gaussian prior N(0, 1 / length_scale^2) of the weights, at least 0.
         temperature: of the relaxation, above 0; ``None`` for 0.1, and 2/3 in convolutions, as the authors do.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1705.07832.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.ConcreteDropout(init_rate=0.5))

@@ -30,6 +30,9 @@ class DependentBetaBernoulli(GateMethod):
         momentum: share of a batch in the running statistics of the units, in (0, 1].
         place: stays that of the first stage.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1805.10896, section 4.2.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.BetaBernoulli())

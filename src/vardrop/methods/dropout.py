@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vardrop.methods.base import Method, Paper, WeightMethod, check_on, check_range
-from vardrop.noise import BernoulliNoise, ElementwiseGate, Layout, MultiplicativeNoise, Noise
+from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, MultiplicativeNoise, Noise
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class BernoulliDropout(Method):
     Args:
         rate: probability of dropping, in [0, 1).
         recurrent_rate: that of the hidden units of recurrent layers; ``None`` for the same.
+
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
 
     Source: arXiv:1207.0580; arXiv:1512.05287 for recurrent layers.
 
@@ -75,6 +78,9 @@ class GaussianDropout(WeightMethod):
         rate: the Bernoulli rate with the same mean and variance, in (0, 1).
         on: ``"weights"`` or ``"inputs"``.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1506.02557, sections 3.1 and 3.2.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.GaussianDropout(rate=0.2))
@@ -104,7 +110,7 @@ class GaussianDropout(WeightMethod):
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         log_alpha = math.log(self.rate) - math.log1p(-self.rate)
         if self.on == "inputs":
-            return ElementwiseGate(weight, layout, "input", log_alpha=log_alpha, sharing="layer", learned=False)
+            return MultiplicativeGate(weight, layout, "input", log_alpha=log_alpha, sharing="layer", learned=False)
         return MultiplicativeNoise(
             weight, layout, log_alpha=log_alpha, sharing="layer", learned=False, sampling=self.sampling
         )

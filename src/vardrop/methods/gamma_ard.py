@@ -26,6 +26,9 @@ class GammaARD(AdditiveMethod):
         b: rate of the Gamma prior, above 0.
         max_log_std: ceiling of log std.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1811.00596, section 4 and appendix B.
 
     >>> vd.GammaARD(a=0.5)

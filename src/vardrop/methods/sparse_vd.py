@@ -21,6 +21,9 @@ class SparseVD(AdditiveMethod):
     Args:
         form: ``"exact"`` or ``"sigmoid"``.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1701.05369, equations 13 to 15.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.SparseVD())

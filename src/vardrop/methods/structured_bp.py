@@ -33,6 +33,9 @@ class StructuredBP(GateMethod):
             and less noisy. A batch-norm that trains undoes a multiplier that the whole batch shares, so that the KL
             alone acts on it: in front of one take ``"example"``, or freeze it.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1705.07283.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.StructuredBP())

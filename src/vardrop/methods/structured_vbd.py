@@ -25,6 +25,9 @@ class StructuredVBD(GateMethod):
         init_log_std: first value of log std.
         init_spread: standard deviation of the first means around one.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1811.07533, equation 19; first values and threshold are those of its authors' code.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.StructuredVBD())

@@ -22,6 +22,9 @@ class StudentT(AdditiveMethod):
         a: shape of the Gamma distribution of the precision, above 0; the prior has 2a degrees of freedom.
         b: its rate, above 0.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1811.00596, appendix C.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.StudentT(a=1.0, b=0.1))

@@ -36,6 +36,9 @@ class VarianceNetwork(WeightMethod):
         alpha_lr: learning rate of log alpha in ``vardrop.parameter_groups`` and on the command line; ``None`` for that
             of the weights. An alpha of many weights has a long way to go, and its slope falls like its inverse.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1803.03764, sections 4 and 5; first values are those of its authors' code.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2, bias=False), vd.VarianceNetwork()).eval()

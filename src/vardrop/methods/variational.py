@@ -29,6 +29,9 @@ class VariationalDropout(WeightMethod):
         init_log_alpha: first value of log alpha, at most 0.
         form: ``"exact"``, ``"sigmoid"``, or ``"cubic"`` as in the paper.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1506.02557, section 3.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.VariationalDropout(alpha="input"))

@@ -29,6 +29,9 @@ class VBD(AdditiveMethod):
         low: least prior variance, at least 0.
         high: greatest prior variance, above `low`.
 
+    Raises:
+        InvalidValueError: a field is outside its range; the message names it.
+
     Source: arXiv:1811.07533, equations 17 and 18.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.VBD())

@@ -11,7 +11,6 @@ from vardrop.noise.gate import Place as Place
 from vardrop.noise.gates import AdditiveGate as AdditiveGate
 from vardrop.noise.gates import BetaBernoulliGate as BetaBernoulliGate
 from vardrop.noise.gates import ConcreteGate as ConcreteGate
-from vardrop.noise.gates import ElementwiseGate as ElementwiseGate
 from vardrop.noise.gates import MultiplicativeGate as MultiplicativeGate
 from vardrop.noise.gates import TruncatedLogNormalGate as TruncatedLogNormalGate
 from vardrop.noise.mixture import SharedWeights as SharedWeights

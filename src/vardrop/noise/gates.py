@@ -110,6 +110,8 @@ class AdditiveGate(Gate):
 class MultiplicativeGate(Gate):
     """``1 + sqrt(alpha) * eps`` with alpha shared by a layer or of each unit (arXiv:1506.02557, section 3.2).
 
+    Each element has a draw of its own: the positions of a unit do not share one.
+
     Args:
         log_alpha: first value of log alpha.
         sharing: who shares one alpha.
@@ -142,10 +144,6 @@ class MultiplicativeGate(Gate):
     def sample(self, rows: int) -> Tensor:
         log_alpha = self.log_alpha(self.shared_log_alpha)
         return 1.0 + torch.exp(0.5 * log_alpha) * self.normal(rows, log_alpha)
-
-
-class ElementwiseGate(MultiplicativeGate):
-    """The same with a draw for each element: the positions of a unit do not share one (arXiv:1506.02557, 3.2)."""
 
     def gated(self, value: Tensor, dim: int) -> Tensor:
         if not self.active:

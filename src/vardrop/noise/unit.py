@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,7 @@ def worst_near(factors: Tensor, gradient: Tensor, budget: float, examples: int, 
     if not factors.numel():
         return factors
     gain = torch.where(factors == 0.0, gradient, -gradient).reshape(examples, -1)
-    best = gain.topk(int(budget * gain.shape[1]), dim=1, sorted=False)
+    best = gain.topk(math.floor(budget * gain.shape[1] + 1e-9), dim=1, sorted=False)
     rows = factors.reshape(examples, -1)
     now = rows.gather(1, best.indices)
     turned = torch.where(now == 0.0, on, 0.0).to(now.dtype)

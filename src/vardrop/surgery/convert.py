@@ -59,8 +59,9 @@ def convert(
 
     Raises:
         InvalidValueError: a pattern matches nothing, or `method` is not a method.
-        UnsupportedLayerError: a named layer is of a kind that has no noisy form, or no form with a gate, or any is a
-            subclass of one that has, or has an option that the noisy form does not know.
+        UnsupportedLayerError: a layer named by `include`, or one with parameters that a pattern matches, is of a kind
+            that has no noisy form, or no form with a gate; or any is a subclass of one that has, or has an option that
+            the noisy form does not know.
         ConversionError: the model is converted already, nothing in it can be converted, or a layer that is to have
             a gate shares its weight with another, or has the outputs of the net for its units.
 
@@ -155,6 +156,8 @@ def _choose(
 ) -> dict[str, tuple[Method, ...]]:
     """The layers to convert by name, each with its methods; everything is checked here, before any change."""
     layers = _candidates(model, by_pattern)
+    if include == ():
+        raise InvalidValueError("include=[]: must name layers; None takes all that have a noisy form")
     _check_patterns(include, layers, "include")
     _check_patterns(exclude, layers, "exclude")
     chosen: dict[str, tuple[Method, ...]] = {}
@@ -166,9 +169,10 @@ def _choose(
         if not matching:
             continue
         named = include is not None or matching[0] != "*"
+        itself = include is not None and name in include
         methods = by_pattern[matching[0]]
         gated = any(method.on_units for method in methods)
-        if noises(layer) or _is_convertible(name, layer, gated=gated, named=named):
+        if noises(layer) or _is_convertible(name, layer, gated=gated, named=named, itself=itself):
             used.add(matching[0])
             chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
     unused = [pattern for pattern in by_pattern if pattern not in used]
@@ -179,9 +183,11 @@ def _choose(
     _check_ties(model, chosen)
     if not chosen:
         all_gated = all(any(method.on_units for method in methods) for methods in by_pattern.values())
+        where = " among the included ones" if include is not None else ""
+        where += " outside the excluded ones" if exclude else ""
         raise ConversionError(
-            f"nothing to convert in {type(model).__name__}: it holds no layer of the kinds "
-            f"{_known(all_gated)} outside the excluded ones"
+            f"nothing to convert in {type(model).__name__}: there is no layer of the kinds {_known(all_gated)}{where}; "
+            f"layers are: {_some(layers)}"
         )
     return chosen
 
@@ -307,7 +313,7 @@ def _last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) -> bool:
+def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool, itself: bool) -> bool:
     """Exact types only: a subclass may compute something else, so it is refused rather than taken over."""
     kind = next((kind for kind in NOISY if isinstance(layer, kind) and (takes_gates(kind) or not gated)), None)
     weights = [tensor_of(layer, parameter) for parameter in noisy_parameters(layer)] if kind is not None else []
@@ -331,7 +337,7 @@ def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool) ->
             )
         return True
     own = kind is not None and not type(layer).__module__.startswith("torch.nn.")
-    if own or (named and next(layer.parameters(), None) is not None):
+    if own or itself or (named and next(layer.parameters(), None) is not None):
         what = f"a subclass of {kind.__name__}, which may compute something else" if kind else "not supported"
         if gated and noisy_class(type(layer)) is not None:
             what = "whose units have no gate, though its weights can have noise"

@@ -160,7 +160,7 @@ def _mask(site: Site, threshold: float | None, on_empty: str) -> Tensor | None:
         raise InvalidValueError(f"layer {site.name!r}: its weights or noise are not finite, so no rule can judge them")
     cutoff = site.method.cutoff(threshold)
     if scores.numel() and not (scores >= cutoff).any():
-        dead = f"all {scores.numel()} {site.counts} are dead by the rule of {site.method}"
+        dead = f"all {scores.numel()} {site.counts} are dead by the rule of {type(site.method).__name__}"
         _complain(f"layer {site.name!r}: {dead}", on_empty)
     return _living(scores, cutoff)
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.table import Table as Grid
 
 from vardrop.tables.figures import DASH
@@ -23,7 +24,7 @@ COLOURS = {"within": "green", "better": "bold green", "short by": "yellow"}
 
 def overview(tables: Sequence[Table], folder: Path, budget: Budget, seeds: int, *, store: Path | None = None) -> Grid:
     """The tables with how many of their cells are finished below `folder` or have a record in `store`."""
-    grid = Grid("table", "what it shows", "source", f"cells done, {budget}", title="Tables")
+    grid = Grid(Column("table", no_wrap=True), "what it shows", "source", f"cells done, {budget}", title="Tables")
     for table in tables:
         cells = cells_of([table], budget, seeds)
         done = sum(has_record(cell, folder, store) for cell in cells)
