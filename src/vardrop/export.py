@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-4
 def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
     """Writes `model` as ONNX file `path`, with a free batch size, and checks it in onnxruntime first.
 
-    What is exported is the model in eval mode; of a converted one its deterministic, pruned network. The file's
+    What is exported is the model in eval mode; of a converted one its deterministic, pruned network. Outputs in a
+    dict keep its keys as their names. The file's
     outputs must be those of torch, to 1e-4 of the largest, on the example and on a batch one longer.
 
     Args:
@@ -90,6 +92,14 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         raise ConversionError(does_not_run(model, inputs, error)) from error
 
 
+def _names(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str] | None:
+    """The keys of a model that returns its outputs by name."""
+    with torch.no_grad():
+        outputs = model(*(x.clone() for x in inputs))
+    named = isinstance(outputs, Mapping) and all(isinstance(output, Tensor) for output in outputs.values())
+    return list(map(str, outputs)) if named else None
+
+
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     shapes: tuple[Any, ...] = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
@@ -98,7 +108,9 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         shapes = (*shapes[:named], shapes[named:])
     try:
         with quiet():
-            return torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            return torch.onnx.export(
+                model, inputs, dynamo=True, dynamic_shapes=shapes, output_names=_names(model, inputs), verbose=False
+            )
     except RuntimeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

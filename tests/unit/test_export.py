@@ -193,3 +193,21 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=r'export to ONNX needs .* pip install "vardrop\[onnx\]"'):
         vd.export_onnx(nn.Linear(4, 2), tmp_path / "net.onnx", torch.randn(2, 4))
+
+
+def test_outputs_in_a_dict_keep_their_names(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            hidden = self.body(x).relu()
+            return {"logits": self.head(hidden), "hidden": hidden}
+
+    model, x = Named(), torch.randn(5, 4)
+    vd.export_onnx(model, tmp_path / "net.onnx", x)
+    runner = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    found = dict(zip((output.name for output in runner.get_outputs()), runner.run(None, {"x": x.numpy()}), strict=True))
+    assert set(found) == {"logits", "hidden"}
+    torch.testing.assert_close(torch.from_numpy(found["logits"]), model(x)["logits"])

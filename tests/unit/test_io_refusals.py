@@ -176,6 +176,11 @@ def test_the_builder_must_be_a_function_that_gives_a_module(stored, wrong):
         vd.load(stored, wrong)
 
 
+def test_the_builder_must_give_the_plain_model(stored):
+    with pytest.raises(InvalidValueError, match="gives a converted model; must give the plain one"):
+        vd.load(stored, lambda: vd.convert(nn.Linear(4, 3), vd.ARD()))
+
+
 class Stateful(nn.Linear):
     def get_extra_state(self):
         return {"steps": 3}

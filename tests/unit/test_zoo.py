@@ -335,3 +335,10 @@ def test_lenet_5_has_a_form_with_batch_norm_behind_every_layer_but_the_last():
         "BatchNorm1d",
     ]
     assert kinds[-1] == "Linear" and weights(net) == 430_500
+
+
+def test_a_net_of_ones_own_that_is_no_function_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from torch import nn\nnet = nn.Linear(64, 10)\n")
+    with pytest.raises(InvalidValueError, match=r"mine.py:net' is a Linear: must be a function that gives one"):
+        build_net(f"{file}:net", input_shape=(64,), num_classes=10)
