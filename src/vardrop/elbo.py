@@ -66,13 +66,9 @@ class ELBO:
     kl: Tensor
 
     def __init__(self, num_data: int, *, warmup: schedules.Schedule | None = None, kl_factor: float = 1.0) -> None:
-        try:
-            enough = 0 < num_data < math.inf
-        except TypeError:
-            enough = False
-        if not enough:
+        if not _is_within(num_data) or not num_data:
             raise InvalidValueError(f"num_data={num_data!r}: must be a finite number of training examples, above 0")
-        if not isinstance(kl_factor, int | float) or not 0.0 <= kl_factor < math.inf:
+        if not _is_within(kl_factor):
             raise InvalidValueError(f"kl_factor={kl_factor!r}: must be a finite number, at least 0")
         if not (warmup is None or _is_schedule(warmup)):
             raise InvalidValueError(
@@ -148,6 +144,14 @@ def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> 
             noise.first = None
             noise.second.clear()
     return first, found[0].weight * second
+
+
+def _is_within(number: Any) -> bool:
+    """Whether `number` is one, finite and at least 0."""
+    try:
+        return bool(0.0 <= number < math.inf)
+    except TypeError:
+        return False
 
 
 def _is_schedule(warmup: Any) -> bool:

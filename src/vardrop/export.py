@@ -25,9 +25,9 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-4
 def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
     """Writes `model` as ONNX file `path`, with a free batch size, and checks it in onnxruntime first.
 
-    What is exported is the model in eval mode; of a converted one its deterministic, pruned network. Outputs in a
-    dict keep its keys as their names. The file's
-    outputs must be those of torch, to 1e-4 of the largest, on the example and on a batch one longer.
+    What is exported is the model in eval mode; of a converted one its deterministic, pruned network. Outputs in a dict
+    keep its keys as their names. The file's outputs must be those of torch, to 1e-4 of the largest, on the example and
+    on a batch one longer.
 
     Args:
         model: plain, compacted or converted; it is left as it is.

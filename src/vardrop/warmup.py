@@ -54,7 +54,10 @@ def step(epoch: int) -> Schedule:
 
 
 def _ramp(epochs: int, start: int, *, power: int) -> Schedule:
-    numbers = isinstance(epochs, int | float) and isinstance(start, int | float)
-    if not (numbers and 0 <= start < epochs):
+    try:
+        fits = 0 <= start < epochs
+    except TypeError:
+        fits = False
+    if not fits:
         raise InvalidValueError(f"epochs={epochs!r}, start={start!r}: must be numbers with 0 <= start < epochs")
     return lambda epoch: float(min(1.0, max(0.0, (epoch - start) / (epochs - start))) ** power)

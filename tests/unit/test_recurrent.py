@@ -308,7 +308,7 @@ def test_gates_leave_recurrent_layers_alone_unless_named_and_then_are_refused(me
     with pytest.raises(UnsupportedLayerError, match=r"layer 'lstm' is a LSTM, whose units have no gate"):
         vd.convert(net, {"lstm": method})
     assert all(site.name.startswith("head") for site in vd.sites(vd.convert(net, method)))
-    with pytest.raises(ConversionError, match=r"holds no layer of the kinds [^R]*Embedding"):
+    with pytest.raises(ConversionError, match=r"there is no layer of the kinds [^R]*Embedding"):
         vd.convert(nn.Sequential(nn.LSTM(3, 4)), method)
 
 

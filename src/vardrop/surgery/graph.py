@@ -183,7 +183,7 @@ def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mappin
     packed: list[str] = []
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, inputs, name=name: packed.append(name) if isinstance(inputs[0], PackedSequence) else None
+            lambda _, given, name=name: packed.extend(name for x in given if isinstance(x, PackedSequence))
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.RNNBase)

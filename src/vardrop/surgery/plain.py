@@ -109,8 +109,8 @@ def _layers_run(plain: nn.Module, arguments: tuple[Any, ...], training: bool) ->
         if next(layer.parameters(recurse=False), None) is not None:
             layer.register_forward_hook(lambda *_, name=name: ran.append(name))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy(*arguments)
+        with torch.random.fork_rng(devices=[]):
+            run(copy, arguments)
     except Exception:  # such as batch-norm on one example in training; what does not run at all is told by the tracing
         return []
     return ran

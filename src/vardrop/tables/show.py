@@ -34,15 +34,19 @@ def overview(tables: Sequence[Table], folder: Path, budget: Budget, seeds: int, 
 
 def beside(table: Table, found: Found) -> Iterator[Grid | str]:
     """The `table` with what was found of our runs, and what the paper claims."""
-    grid = Grid("", "", *map(escape, table.labels), "remarks", title=escape(f"{table.title} ({table.source})"))
+    grid = Grid("", "", *map(escape, table.labels), "note", title=escape(f"{table.title} ({table.source})"))
     grid.box = box.SIMPLE_HEAD
     last = ""
+    notes: dict[str, int] = {}
     for line in lines_of(table, found):
         if line.row != last and last:
             grid.add_section()
         name, last = ("" if line.row == last else line.row), line.row
-        grid.add_row(escape(name), line.origin, *map(_coloured, line.cells), escape(line.remark))
+        note = str(notes.setdefault(line.remark, len(notes) + 1)) if line.remark else ""
+        grid.add_row(escape(name), line.origin, *map(_coloured, line.cells), note)
     yield grid
+    for remark, number in notes.items():
+        yield f"{number}: {escape(remark)}"
     if table.kind or table.caption:
         yield escape(
             " ".join(part for part in (f"In each column: {table.kind}." * bool(table.kind), table.caption) if part)
