@@ -321,7 +321,7 @@ def list_methods() -> None:
 
     table = Table(Column("method", no_wrap=True), "what it is", "fields and defaults", title="Methods")
     for name, cls in (methods() | baselines()).items():
-        defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
+        defaults = ", ".join(f"{field.name}={short(field.default)}" for field in dataclasses.fields(cls))
         table.add_row(name, cls.one_line(), defaults)
     console.print(table)
     console.print(
