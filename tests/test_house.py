@@ -181,6 +181,13 @@ def test_the_page_on_performance_shows_what_the_stored_benchmark_says():
     assert made.returncode == 0, made.stderr
 
 
+def test_the_page_of_names_shows_what_the_docstrings_say():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import api
+
+    assert api.PAGE.read_text() == api.page(), "python docs/api.py makes it anew"
+
+
 def test_the_page_on_uncertainty_shows_what_the_stored_evaluations_say():
     sys.path.insert(0, str(ROOT / "results"))
     import ood

@@ -23,8 +23,8 @@ LEGEND = (
     "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
     "sums. A claim is too close to say where rows that it compares differ no more than that, and none the other way; "
     "in brackets stand the budget of the runs, the rows that were not run (without), or only in part (in part "
-    "against), and those that differ no more than that (close to). Where a row of it has a single seed, that is said: "
-    "another seed may turn it. An em-dash: no figure."
+    "against), and those that differ no more than that (close to). A verdict that rests on a single seed says so: "
+    "another seed may overturn it. An em-dash: no figure."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
