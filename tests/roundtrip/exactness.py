@@ -25,6 +25,18 @@ def randomised(model):
     return model.eval()
 
 
+class TwoHeads(nn.Module):
+    """A net with a head that runs in training alone."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.body, self.head, self.aid = nn.Linear(4, units), nn.Linear(units, 3), nn.Linear(units, 5)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return (self.head(x), self.aid(x)) if self.training else self.head(x)
+
+
 @torch.no_grad()
 def kill(layer, units):
     """Zeroes the weights that make these units; their biases stay, so the units become constants."""

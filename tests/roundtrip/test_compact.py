@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from exactness import assert_same, parameters, randomised
+from exactness import TwoHeads, assert_same, parameters, randomised
 from torch import nn
 
 import vardrop as vd
@@ -131,24 +131,14 @@ def test_layers_without_units_are_left():
     torch.testing.assert_close(vd.compact(model, x)(x), model(x))
 
 
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last, self.aid = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return (self.last(x), self.aid(x)) if self.training else self.last(x)
-
-
 def test_a_head_that_runs_in_training_alone_is_told():
-    model = TwoHeads()
+    model = TwoHeads(6)
     vd.compact(model, torch.randn(2, 4))
     with torch.no_grad():
-        model.last.weight[:, :3] = 0
+        model.head.weight[:, :3] = 0
     with pytest.warns(CompactionWarning, match="layer 'aid' runs in training but not in eval mode"):
         small = vd.compact(model, torch.randn(2, 4))
-    assert small.first.out_features == 3 and small.aid.in_features == 6
+    assert small.body.out_features == 3 and small.aid.in_features == 6
 
 
 def test_a_net_that_knows_by_its_variances_is_told():
