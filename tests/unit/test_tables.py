@@ -110,7 +110,7 @@ def test_what_is_claimed_of_the_order_of_rows_is_so_in_the_papers_own_figures(ta
                 assert table.figures[column].beats(best, other), (ordering, column, name)
 
 
-def test_the_tables_are_those_of_five_papers_and_every_row_has_figures_and_a_run_or_a_reason():
+def test_the_tables_are_those_of_the_papers_and_every_row_has_figures_and_a_run_or_a_reason():
     assert len(TABLES) == 25
     for table in TABLES.values():
         assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", table.source) and table.title and table.where
@@ -125,6 +125,13 @@ def test_a_row_that_two_tables_share_is_run_once_and_measured_for_both():
     assert shared.needs == {"times"}
     places = [cell.place for cell in cells_of(list(TABLES.values()), "full", 1)]
     assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize(("table", "column"), [("vbd-2-cifar10", ""), ("svd-mnist-fc", "error")])
+def test_a_column_for_which_nothing_is_trained_is_refused_with_those_that_have_a_run(table, column):
+    row = next(iter(TABLES[table].rows))
+    with pytest.raises(InvalidValueError, match=f"column='{column}'.*must be one of"):
+        find_run(table, row, column)
 
 
 def test_what_a_cell_starts_from_comes_before_it_also_when_only_its_row_is_asked_for():

@@ -242,17 +242,23 @@ def find_tables(names: Sequence[str], folder: Path = PAPERS) -> list[Table]:
 
 
 def find_run(table: str, row: str, column: str = "") -> Run:
-    """The run behind a row of a table of the papers, or behind one of its columns.
+    """The run behind a row of a table of the papers; of a table whose columns are networks, behind one of them.
 
     Raises:
-        InvalidValueError: there is no such table or row.
+        InvalidValueError: there is no such table or row, or nothing is trained for this column of it.
 
     >>> from vardrop.tables import find_run
     >>> find_run("vbd-4-fc", "VD").place
     'svd-mnist-fc/sparse-vd'
     """
     (found,) = find_tables([table])
-    return next(run for run in found.runs([row]) if run.column == column)
+    runs = {run.column: run for run in found.runs([row])}
+    if column not in runs:
+        raise InvalidValueError(
+            f"column={column!r}: nothing is trained for it in row {row!r} of table {table}; must be one of "
+            f"{', '.join(map(repr, runs))}"
+        )
+    return runs[column]
 
 
 def slug(text: str) -> str:
