@@ -10,6 +10,7 @@ between classes (arXiv:1805.10896, figures 2 and 4).
 import argparse
 from pathlib import Path
 
+import pages
 import torch
 from matplotlib.figure import Figure
 
@@ -65,12 +66,16 @@ def draw(averages: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws the gates of the run that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=pages.picture)
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     data = load_data(read_run(given.run)["config"]["data"], data_root=given.data_root)
-    figure = draw(class_averages(load_small(given.run, data), data))
-    keep(figure, given.out)
+    keep(draw(class_averages(load_small(given.run, data), data)), given.out)
+
+
+if __name__ == "__main__":
+    pages.run(main)

@@ -9,6 +9,7 @@ which docs/ has copies.
 import argparse
 from pathlib import Path
 
+import pages
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
@@ -106,7 +107,8 @@ class Panels:
         self.below.set_title(f"{int((dense != 0).sum()):,} of {dense.numel():,} dense weights alive", fontsize=9)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Trains as the arguments say, and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", default="ylecun/mnist")
@@ -115,3 +117,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     run(given.out, given.data, given.data_root, given.epochs)
     draw(given.out)
+
+
+if __name__ == "__main__":
+    pages.run(main)

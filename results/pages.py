@@ -1,4 +1,4 @@
-"""What the scripts share that store figures of finished runs and make a page of them."""
+"""What the scripts share that make pages and pictures of finished runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vardrop.errors import VardropError
 from vardrop.files import replace_file
 
 CONFIG = ("net", "data", "method", "schedule", "include")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -29,6 +30,14 @@ def parse(known: argparse.ArgumentParser, arguments: list[str] | None) -> argpar
     if given.write == bool(given.runs):
         known.error("give either runs, or --write alone")
     return given
+
+
+def picture(text: str) -> Path:
+    """The picture to write, as an argument says it."""
+    path = Path(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: its name must end in one of {', '.join(PICTURES)}")
+    return path
 
 
 def run(main: Callable[[], None]) -> None:

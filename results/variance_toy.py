@@ -8,8 +8,8 @@ top of it. All that a unit can say is how far from zero it falls: two units may 
 """
 
 import argparse
-from pathlib import Path
 
+import pages
 import torch
 from matplotlib.figure import Figure
 
@@ -64,9 +64,13 @@ def draw() -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws the picture whose path is the argument."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=pages.picture)
     given = parser.parse_args()
-    figure = draw()
-    keep(figure, given.out)
+    keep(draw(), given.out)
+
+
+if __name__ == "__main__":
+    pages.run(main)
