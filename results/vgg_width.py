@@ -1,8 +1,9 @@
 """Error and sparsity of the VGG-like net over its width: python results/vgg_width.py
 
-Draws docs/vgg_width.svg from the stored runs results/vgg-like-*.json, such as vgg-like-0.25-ard.json, each made by
-`vardrop compress vgg-like-0.25 --data uoft-cs/cifar10 ...` with its own factor k on the widths (arXiv:1701.05369,
-section 5).
+Draws docs/vgg_width.svg from the short runs of the table bb-1-cifar10 and from the stored runs
+results/vgg-like-*.json, such as vgg-like-0.0625-sparse-vd.json, each made by `vardrop compress vgg-like-0.0625 --data
+uoft-cs/cifar10 ...` with the same schedule and its own factor k on the widths (arXiv:1701.05369, section 5). A method
+is shown that was run at two of them or more.
 """
 
 import json
@@ -21,11 +22,11 @@ FAMILY = "vgg-like-"
 def stored(folder: Path = HERE) -> dict[str, list[tuple[float, dict[str, Any]]]]:
     """The runs by method, each with its k, in the order of k."""
     found: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-    for path in folder.glob(f"{FAMILY}*.json"):
+    for path in (*folder.glob(f"{FAMILY}*.json"), *folder.glob("tables/bb-1-cifar10/*/short-seed-0.json")):
         run = json.loads(path.read_text())
         width = float(run["config"]["net"].removeprefix(FAMILY))
         found.setdefault(run["config"]["method"]["name"], []).append((width, run))
-    return {name: sorted(runs, key=lambda run: run[0]) for name, runs in sorted(found.items())}
+    return {name: sorted(runs, key=lambda run: run[0]) for name, runs in sorted(found.items()) if len(runs) > 1}
 
 
 def draw(runs: dict[str, list[tuple[float, dict[str, Any]]]]) -> Figure:
@@ -48,5 +49,7 @@ def draw(runs: dict[str, list[tuple[float, dict[str, Any]]]]) -> Figure:
 if __name__ == "__main__":
     found = stored()
     if not found:
-        raise SystemExit(f"{HERE} holds no {FAMILY}*.json: copy the run.json of finished runs there first")
+        raise SystemExit(
+            f"{HERE} holds no method at two widths: copy the run.json of finished runs there first, as {FAMILY}K-METHOD.json"
+        )
     keep(draw(found), PICTURE)
