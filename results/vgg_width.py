@@ -50,6 +50,6 @@ if __name__ == "__main__":
     found = stored()
     if not found:
         raise SystemExit(
-            f"{HERE} holds no method at two widths: copy the run.json of finished runs there first, as {FAMILY}K-METHOD.json"
+            f"{HERE} holds no method at two widths: copy run.json of finished runs there, as {FAMILY}K-METHOD.json"
         )
     keep(draw(found), PICTURE)
