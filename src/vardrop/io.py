@@ -111,7 +111,7 @@ def save(model: nn.Module, folder: str | Path, *, sparse: bool = False, overwrit
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stored |= (_as_csr(name, tensor) if sparse else None) or {name: tensor}
-    _write(folder, stored, record)
+    _write(folder.resolve(), stored, record)
 
 
 def load(folder: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
@@ -237,7 +237,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in state.items():
         if name in aliases:
             continue
-        if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        unfit = not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or tensor.is_quantized
+        if unfit or tensor.layout != torch.strided:
             raise StorageError(f"{name!r} in the state of the model is no dense tensor with values: {tensor!r:.80}")
         tensors[name] = tensor.detach().cpu().contiguous().clone()
     return tensors, aliases
@@ -385,8 +386,9 @@ def _method(folder: Path, entry: dict[str, Any]) -> Method:
             f"the stored model uses the method {entry['name']!r}; known are: {', '.join(methods())}, and those of "
             "one's own whose module is imported"
         )
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["fields"].items()}
     try:
-        return known[entry["name"]](**entry["fields"])
+        return known[entry["name"]](**fields)
     except (TypeError, InvalidValueError) as error:
         raise StorageError(f"{folder / RECORD} has a method that cannot be made ({error})") from error
 
@@ -421,7 +423,7 @@ def _check_fits(folder: Path, model: nn.Module, record: dict[str, Any], stored: 
         parent, _, attribute = name.rpartition(".")
         if name in built and name in stored:
             there, here = tuple(stored[name].shape), tuple(built[name].shape)
-            if not _is_cut(there, here, modules[parent]):
+            if there != here and not (parent in modules and _is_cut(there, here, modules[parent])):
                 faults.append(
                     f"{name}: the stored {attribute} has shape {there}, which is no cut of the built one, {here}"
                 )
@@ -460,8 +462,6 @@ def _ties_apart(model: nn.Module, stored: dict[str, str]) -> list[str]:
 
 def _is_cut(stored: tuple[int, ...], built: tuple[int, ...], owner: nn.Module) -> bool:
     """Whether units may have been taken from a tensor of shape `built` in `owner` to get the shape `stored`."""
-    if stored == built:
-        return True
     if len(stored) != len(built) or any(small > large for small, large in zip(stored, built, strict=True)):
         return False
     if resizable(owner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from vardrop.errors import InvalidValueError
 
@@ -15,7 +16,7 @@ def constant() -> Schedule:
     >>> vd.warmup.constant()(0)
     1.0
     """
-    return lambda epoch: 1.0
+    return _always
 
 
 def linear(epochs: int, *, start: int = 0) -> Schedule:
@@ -50,7 +51,7 @@ def step(epoch: int) -> Schedule:
     >>> [vd.warmup.step(2)(epoch) for epoch in range(4)]
     [0.0, 0.0, 1.0, 1.0]
     """
-    return lambda now: float(now >= epoch)
+    return partial(_from, epoch)
 
 
 def _ramp(epochs: int, start: int, *, power: int) -> Schedule:
@@ -60,4 +61,19 @@ def _ramp(epochs: int, start: int, *, power: int) -> Schedule:
         fits = False
     if not fits:
         raise InvalidValueError(f"epochs={epochs!r}, start={start!r}: must be numbers with 0 <= start < epochs")
-    return lambda epoch: float(min(1.0, max(0.0, (epoch - start) / (epochs - start))) ** power)
+    return partial(_risen, start, epochs, power)
+
+
+# Functions of the module rather than closures: an objective travels to other processes, and into a saved module.
+
+
+def _always(epoch: int) -> float:
+    return 1.0
+
+
+def _from(first: int, epoch: int) -> float:
+    return float(epoch >= first)
+
+
+def _risen(start: int, epochs: int, power: int, epoch: int) -> float:
+    return float(min(1.0, max(0.0, (epoch - start) / (epochs - start))) ** power)

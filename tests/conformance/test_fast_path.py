@@ -460,3 +460,13 @@ def test_compiled_dropout_drops_at_its_rate_and_leaves_small_inputs_to_torch():
     found = net.noise.factors(small.shape, small)
     torch.manual_seed(1)
     assert torch.equal(found, (torch.rand(4, 500) >= 0.2) / 0.8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_layer_runs_on_the_fast_path(compiled):
+    net = vd.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), vd.SparseVD())
+    net[0].requires_grad_(False)
+    elbo = vd.ELBO(num_data=4)
+    elbo(net, vd.fast(net, variance="float32", compiled=compiled)(torch.randn(4, 6)).square().mean()).backward()
+    torch.testing.assert_close(elbo.kl, vd.kl(vd.fast(net, on=False)).detach())
+    assert net[0].weight.grad is None and net[2].noise.log_std.grad.abs().sum() > 0

@@ -122,3 +122,16 @@ def test_bad_input(x):
         vd.select_inputs(plain(), least=0)
     with pytest.raises(InvalidValueError, match="layer '1' is noisy: call vardrop.compact"):
         vd.select_inputs(pruned())
+
+
+def test_a_net_that_keeps_what_it_computed_is_copied_too():
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    net = Keeping(nn.Linear(50, 2))
+    with torch.no_grad():
+        net[0].weight[:, 10:] = 0
+    x = torch.randn(3, 50)
+    torch.testing.assert_close(vd.select_inputs(net, least=1)(x), net(x))

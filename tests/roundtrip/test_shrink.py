@@ -8,6 +8,7 @@ from exactness import TwoHeads, assert_same, parameters, randomised
 from test_gated import METHODS, NETS, lenet
 from test_recurrent_cuts import KINDS, WORDS, Tagger
 from torch import nn
+from torch.nn import functional as F
 
 import vardrop as vd
 from vardrop.errors import ConversionError, GraphError, InvalidValueError
@@ -354,3 +355,75 @@ def test_what_describes_a_layer_as_a_whole_stays():
     vd.shrink(model, torch.optim.Adam(model.parameters()), x)
     assert model[0].out_features == 3 and model[0].noise.means.shape == (16,)
     torch.testing.assert_close(model(x), before)
+
+
+class NormedHeads(TwoHeads):
+    """Batch-norm in training refuses a batch of one."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        y = self.norm(self.body(x))
+        return (self.head(y), self.aid(y)) if self.training else self.head(y)
+
+
+def test_a_layer_that_runs_in_training_alone_is_seen_on_a_batch_of_one_too():
+    net = vd.convert(NormedHeads(16), vd.ARD())
+    with torch.no_grad():
+        net.body.weight[:9], net.head.weight[:, :9] = 0.0, 0.0
+    with pytest.raises(GraphError, match="layer 'aid' runs in training but not in eval mode"):
+        vd.shrink(net, torch.optim.Adam(net.parameters()), torch.randn(1, 4))
+
+
+def test_several_optimisers_are_cut_together_and_one_alone_is_refused():
+    net = vd.convert(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), vd.ARD())
+    x = torch.randn(3, 4)
+    own = torch.optim.AdamW([parameter for name, parameter in net.named_parameters() if "noise" not in name])
+    noise = torch.optim.SGD([parameter for name, parameter in net.named_parameters() if "noise" in name], lr=0.1)
+    (net(x).square().sum() + vd.kl(net)).backward()
+    own.step()
+    with torch.no_grad():
+        net[0].weight[:3] = 0.0
+    with pytest.raises(
+        InvalidValueError, match="'0.noise.log_std' loses units but is in no optimizer given.*as a list"
+    ):
+        vd.shrink(net, own, x)
+    assert net[0].out_features == 6
+    vd.shrink(net, [own, noise], x)
+    held = {parameter for each in (own, noise) for group in each.param_groups for parameter in group["params"]}
+    assert held == set(net.parameters()) and net[0].out_features == 3
+    assert own.state[net[0].weight]["exp_avg"].shape == (3, 4)
+
+
+class Functional(nn.Module):
+    """Reads the weight of its first layer by hand, its noise passed over, and adds a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("shift", torch.randn(2))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.first.weight, self.first.bias).sigmoid(), self.second.weight, self.shift)
+
+
+def test_a_noisy_weight_that_is_read_outside_its_layer_is_refused():
+    net = vd.convert(Functional(), vd.ARD(), include="first")
+    with torch.no_grad():
+        net.first.weight[:3], net.first.weight[3:] = 0.005, 1.0
+    vd.prune(net)
+    with pytest.raises(GraphError, match="the weight of layer 'first' is also used outside its layer"):
+        vd.shrink(net, torch.optim.Adam(net.parameters()), 100 * torch.randn(5, 4))
+
+
+def test_constants_move_into_a_bias_that_is_a_buffer():
+    net = nn.Sequential(vd.convert(nn.Linear(4, 4), vd.ARD()), Functional()).eval()
+    with torch.no_grad():
+        net[1].first.weight[:3] = 0.0
+    x = torch.randn(5, 4)
+    before = net(x)
+    vd.shrink(net, torch.optim.Adam(net.parameters()), x)
+    assert net[1].second.in_features == 3
+    torch.testing.assert_close(net(x), before)

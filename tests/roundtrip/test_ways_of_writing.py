@@ -8,6 +8,9 @@ from exactness import check, ignore, kill, parameters, randomised
 from torch import nn
 from torch.nn import functional as F
 
+import vardrop as vd
+from vardrop.errors import GraphError, InvalidValueError
+
 
 class Shared(nn.Module):
     def __init__(self):
@@ -243,3 +246,124 @@ def test_a_layer_known_under_two_names_is_cut_once():
     assert small.inner is small.all[0]
     assert (small.inner.out_features, small.out.in_features) == (5, 5)
     assert small.out.bias is not None
+
+
+class Counting(nn.Module):
+    """Its passes leave traces: a running mean of what it saw, in eval mode too, and the last output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        self.mean += (x.mean(0) - self.mean) / self.seen
+        self.last = self.second(self.first(x - self.mean).sigmoid())
+        return self.last
+
+
+def test_what_a_pass_leaves_behind_is_not_in_the_small_net():
+    model = vd.convert(Counting(), vd.ARD()).eval()
+    with torch.no_grad():
+        model.first.weight[:3] = 0.0
+    vd.prune(model)
+    small = vd.compact(model, torch.randn(5, 4))
+    assert small.first.out_features == 3 and small.seen == model.seen == 0 and not hasattr(small, "last")
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(small(x), model(x))
+
+
+class Scaled(nn.Module):
+    """Multiplies by a number that it reads from a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.second(self.first(x).sigmoid() * self.scale.item())
+
+
+def test_a_number_read_from_a_tensor_may_multiply_units():
+    model = Scaled()
+    ignore(model.second, [0, 1])
+    _, small = check(model, torch.randn(3, 4))
+    assert small.first.out_features == 4
+
+
+class Collecting(nn.Module):
+    """Begins with an empty tensor, which torch passes over."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.second(torch.cat([torch.tensor([]).to(x), self.first(x).relu()], 1))
+
+
+def test_an_empty_tensor_joins_without_a_trace():
+    model = Collecting()
+    kill(model.first, [0, 1])
+    _, small = check(model, torch.randn(3, 4))
+    assert small.first.out_features == 4
+
+
+class Narrow(nn.Module):
+    """Computes in bfloat16 inside and gives float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 64).bfloat16(), nn.Linear(64, 64).bfloat16()
+        self.third = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x.bfloat16()).sigmoid()).sigmoid().float())
+
+
+def test_a_net_of_several_types_is_held_to_the_rounding_of_its_coarsest():
+    torch.manual_seed(0)
+    model = Narrow().requires_grad_(False)
+    model.first.weight[:30] = 0
+    x = torch.randn(4, 16)
+    small = vd.compact(model, x)
+    assert small.first.out_features == 34
+    torch.testing.assert_close(small(x), model(x), rtol=0.0, atol=1e-2)
+
+
+class Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.second(self.first(x).sigmoid())
+
+
+def test_a_part_that_cannot_be_looked_into_is_refused_also_around_the_first_layer():
+    model = Autocast()
+    kill(model.first, [0, 1])
+    with pytest.raises(GraphError, match="no rule for the operation 'wrap_with_autocast'"):
+        vd.compact(model, torch.randn(3, 4))
+    plan = vd.compact(model, torch.randn(3, 4), dry_run=True, on_unknown="keep")
+    assert "wrap_with_autocast" in plan.notes[0]
+
+
+def test_the_order_of_dimensions_in_memory_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    kill(model[0], [0, 1, 2])
+    _, small = check(model, torch.randn(2, 3, 8, 8))
+    for layer in (small[0], small[2]):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_plan_without_a_layer_of_that_name_and_an_empty_example_are_refused():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(KeyError, match="'1' is no layer of the plan; there are: 0, 2"):
+        vd.compact(model, torch.randn(2, 4), dry_run=True)["1"]
+    with pytest.raises(InvalidValueError, match=r"example_inputs of shape \(0, 4\): must hold an example"):
+        vd.compact(model, torch.randn(0, 4))

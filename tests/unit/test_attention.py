@@ -192,3 +192,11 @@ def test_dead_heads_stay_as_zeros_because_torch_attention_has_no_place_for_fewer
     small = vd.compact(net, X)
     assert (small.layers[0].self_attn.out_proj.weight[:, :4] == 0).all()
     torch.testing.assert_close(small(X), net.eval()(X))
+
+
+def test_noisy_attention_runs_on_tensors_that_are_handed_to_it():
+    net = vd.convert(encoder(1), vd.ARD())
+    handed = {name: 2.0 * parameter.detach() for name, parameter in net.named_parameters()}
+    found = torch.func.functional_call(net.eval(), handed, (X,))
+    net.load_state_dict(handed)
+    torch.testing.assert_close(found, net(X))

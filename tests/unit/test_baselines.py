@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import vardrop as vd
 from vardrop.cli import make_method
@@ -39,7 +40,7 @@ def step(net, epoch):
 def test_magnitude_pruning_drops_the_smallest_round_by_round_and_never_takes_back():
     net = layer(vd.MagnitudePruning(sparsity=0.75, start=1, every=2, rounds=2), [0.1, -0.4, 0.3, -0.2])
     step(net, 0)
-    assert net.noise.mask is None
+    assert net.noise.mask.all()
     step(net, 1)  # 1 - 0.25^(1/2) = 0.5
     assert net.noise.mask.tolist() == [[False, True, True, False]]
     net.weight.data[0, 0] = 9.0
@@ -273,7 +274,7 @@ def test_the_objective_moves_masks_in_training_only():
     elbo = vd.ELBO(num_data=1)
     elbo.step_epoch()
     elbo(net.eval(), net(torch.ones(1, 2)).sum())
-    assert net.noise.mask is None
+    assert net.noise.mask.all()
     elbo(net.train(), net(torch.ones(1, 2)).sum())
     assert net.noise.mask.tolist() == [[False, True]]
 
@@ -343,3 +344,24 @@ def test_bad_values_are_refused(make, message):
 def test_the_budget_of_an_adversary_is_not_lost_to_rounding():
     changed = worst_near(torch.zeros(1, 100), torch.ones(1, 100), 0.29, 1)
     assert int((changed != 0).sum()) == 29
+
+
+@pytest.mark.parametrize("method", [vd.MagnitudePruning(start=1, every=1, rounds=1), vd.DynamicNetworkSurgery()])
+def test_an_average_of_the_weights_follows_masks_that_change_in_training(method):
+    net = vd.convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), method)
+    average, elbo = AveragedModel(net), vd.ELBO(num_data=8)
+    for _ in range(3):
+        elbo.step_epoch()
+        elbo(net, net(torch.randn(8, 6)).square().mean()).backward()
+        average.update_parameters(net)
+        for own, other in zip(vd.sites(net), vd.sites(average.module), strict=True):
+            assert torch.equal(own.noise.mask, other.noise.mask)
+    assert not net[0].noise.mask.all()
+
+
+def test_loaded_marks_lie_where_their_layer_lies():
+    pruned = vd.convert(nn.Linear(6, 4), vd.MagnitudePruning())
+    vd.prune(pruned)
+    elsewhere = vd.convert(nn.Linear(6, 4, device="meta"), vd.MagnitudePruning())
+    elsewhere.load_state_dict(pruned.state_dict())
+    assert elsewhere.noise.mask.device.type == "meta"

@@ -1,6 +1,7 @@
 """The dense layer of transformers' GPT-2, known by its name; a stand-in with the same contract serves here."""
 
 import copy
+import pickle
 import sys
 from types import ModuleType
 
@@ -123,3 +124,9 @@ def test_another_class_of_that_name_is_not_taken_for_it():
 def test_it_samples_its_outputs_so_many_draws_fit_into_one_pass(conv1d):
     net = vd.convert(nn.Sequential(conv1d(4, 6)), vd.ARD())
     assert samples_outputs(net[0]) and not samples_outputs(nn.LSTM(4, 6))
+
+
+def test_a_whole_noisy_model_can_be_pickled(conv1d):
+    net = vd.convert(Block(conv1d), vd.ARD()).eval()
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))

@@ -233,3 +233,40 @@ def test_an_included_layer_without_a_noisy_form_is_refused(include, error, messa
     with pytest.raises(error, match=message):
         vd.convert(model, vd.ARD(), include=include)
     assert next(vd.sites(model), None) is None
+
+
+def with_own_forward(layer):
+    layer.forward = lambda x: x
+
+
+def with_child(layer):
+    layer.probe = nn.Identity()
+
+
+@pytest.mark.parametrize(("hang", "what"), [(with_own_forward, "a forward of its own"), (with_child, "child 'probe'")])
+def test_a_layer_on_which_something_hangs_that_noise_would_pass_over_is_refused(hang, what):
+    model = net()
+    hang(model[2])
+    with pytest.raises(UnsupportedLayerError, match=f"layer '2' is a Linear: it has .*{what}.*exclude='2'"):
+        vd.convert(model, vd.ARD())
+    assert names(vd.convert(model, vd.ARD(), exclude="2")) == ["0", "4"]
+
+
+def test_a_layer_that_was_parametrized_after_its_conversion_does_not_pass_for_plain():
+    model = vd.convert(net(), vd.ARD())
+    nn.utils.parametrizations.weight_norm(model[2])
+    for plain in (vd.strip, lambda model: vd.compact(model, torch.randn(2, 6))):
+        with pytest.raises(ConversionError, match="layer '2' has become a ParametrizedNoisyLinear"):
+            plain(model)
+    assert names(model)[0] == "0"
+
+
+def test_a_state_that_says_nothing_of_the_noise_leaves_the_marks_alone():
+    dense = net()
+    model = vd.convert(net(), vd.ARD())
+    unpruned = model.state_dict()
+    vd.prune(model)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    assert all(site.noise.mask is not None for site in vd.sites(model))
+    model.load_state_dict(unpruned)
+    assert all(site.noise.mask is None for site in vd.sites(model))

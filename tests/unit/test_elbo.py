@@ -1,6 +1,7 @@
 """The objective, its schedules, prediction and pruning."""
 
 import math
+import pickle
 import warnings
 
 import pytest
@@ -227,3 +228,12 @@ def test_hyper_parameters_are_checked_when_a_method_is_made(make, message):
 def test_what_is_no_model_is_refused(call):
     with pytest.raises(InvalidValueError, match=r"model is a Tensor: must be a torch\.nn\.Module"):
         call(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "schedule", [None, vd.warmup.constant(), vd.warmup.linear(4), vd.warmup.cubic(4, start=1), vd.warmup.step(2)]
+)
+def test_an_objective_can_travel_to_another_process(schedule):
+    elbo = vd.ELBO(num_data=3, warmup=schedule)
+    copy = pickle.loads(pickle.dumps(elbo))
+    assert [copy.warmup(epoch) for epoch in range(6)] == [elbo.warmup(epoch) for epoch in range(6)]

@@ -351,3 +351,38 @@ def test_load_weights_takes_a_file_or_a_folder_and_names_what_differs(tmp_path):
     (tmp_path / "torn").write_bytes(b"123")
     with pytest.raises(StorageError, match="truncated or not a safetensors file"):
         load_weights(net(), tmp_path / "torn")
+
+
+class ByName(nn.Module):
+    """Two layers that are given their inputs by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(input=self.first(input=x).relu())
+
+
+def in_second_stage(model):
+    return vd.convert(vd.convert(model, vd.BetaBernoulli()), vd.DependentBetaBernoulli())
+
+
+def test_what_is_left_of_a_dependent_gate_takes_inputs_given_by_name():
+    model, x = in_second_stage(ByName()).eval(), torch.randn(5, 6)
+    expected = model(x).detach()
+    torch.testing.assert_close(vd.strip(model)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dependent_gates_train_in_the_type_that_the_model_was_cast_to(dtype):
+    model = in_second_stage(nn.Sequential(nn.Linear(6, 8))).to(dtype)
+    model(torch.randn(5, 6, dtype=dtype)).sum().backward()
+    assert model[0].gate.running_mean.dtype == dtype and model[0].weight.grad.isfinite().all()
+
+
+def test_dependent_gates_take_an_empty_batch():
+    model = in_second_stage(nn.Sequential(nn.Linear(6, 8)))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    assert model(torch.randn(0, 6)).shape == (0, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())

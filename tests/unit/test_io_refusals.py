@@ -252,3 +252,19 @@ def test_size_on_disk_counts_bytes_and_needs_a_folder(stored):
     assert files.size_on_disk(stored) == sum(len(content) for content in contents(stored).values())
     with pytest.raises(StorageError, match="is not a folder, so it has no size on disk"):
         files.size_on_disk(stored / "nowhere")
+
+
+def test_quantised_tensors_are_refused_by_name(tmp_path):
+    model = build()
+    model.register_buffer("scale", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    with pytest.raises(StorageError, match="'scale' in the state of the model is no dense tensor"):
+        vd.save(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_link_to_a_folder_stays_a_link(stored, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(stored, target_is_directory=True)
+    model = build()
+    vd.save(model, link, overwrite=True)
+    assert link.is_symlink() and torch.equal(vd.load(stored, build).weight, model.weight)

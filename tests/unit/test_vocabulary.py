@@ -24,8 +24,8 @@ def test_outputs_stay_and_dead_words_share_one_row(padding):
     model = net(padding)
     small = copy.deepcopy(model)
     ids = vd.shrink_vocabulary(small, "0")
-    alive = 9 - len({1, 4, 5} | ({padding} - {None}))
-    assert small[0].num_embeddings == len(small[0].weight) == alive + 1 == int(ids.max()) + 1
+    kept = 9 - len({1, 4, 5} - {padding}) + 1
+    assert small[0].num_embeddings == len(small[0].weight) == kept == int(ids.max()) + 1
     assert torch.equal(small(ids[WORDS]), model(WORDS))
     assert small[0].padding_idx == (None if padding is None else ids[padding])
 
@@ -43,12 +43,12 @@ def test_a_pruned_net_shrinks_and_can_be_stored(tmp_path):
     vd.prune(noisy)
     small = vd.compact(noisy, WORDS)
     ids = vd.shrink_vocabulary(small, "0")
-    assert small[0].num_embeddings == 7
+    assert small[0].num_embeddings == 8
     torch.testing.assert_close(small(ids[WORDS]), noisy.eval()(WORDS))
     vd.save(small, tmp_path / "small")
     loaded = vd.load(tmp_path / "small", lambda: net(padding=2))
     assert torch.equal(loaded(ids[WORDS]), small(ids[WORDS]))
-    assert (loaded[0].num_embeddings, loaded[0].padding_idx) == (7, small[0].padding_idx)
+    assert (loaded[0].num_embeddings, loaded[0].padding_idx) == (8, small[0].padding_idx)
 
 
 def test_what_cannot_be_shrunk_is_refused():
@@ -111,3 +111,23 @@ def test_a_second_stage_leaves_the_gates_of_words_as_they_are():
     net = vd.convert(text_net(), vd.BetaBernoulli(place="input"))
     vd.convert(net, vd.DependentBetaBernoulli())
     assert [type(site.method) for site in vd.sites(net)] == [vd.BetaBernoulli, vd.DependentBetaBernoulli]
+
+
+class MaskedMean(nn.Module):
+    """The mean over the words that are no padding, told by their id."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(9, 3, padding_idx=0), nn.Linear(3, 2)
+
+    def forward(self, words):
+        told = (words != self.table.padding_idx).unsqueeze(-1)
+        return self.out((self.table(words) * told).sum(1) / told.sum(1).clamp(min=1))
+
+
+def test_dead_words_do_not_become_padding():
+    model, words = MaskedMean().requires_grad_(False), torch.tensor([[1, 2, 5, 0], [3, 4, 0, 0]])
+    model.table.weight[[2, 5]] = 0
+    expected = model(words)
+    ids = vd.shrink_vocabulary(model, "table")
+    assert ids.tolist() == [0, 1, 2, 3, 4, 2, 5, 6, 7] and torch.equal(model(ids[words]), expected)

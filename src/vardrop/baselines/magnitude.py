@@ -58,7 +58,7 @@ class MagnitudePruning(Method):
         check_range(self, "rounds", above=1, closed=True)
 
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
-        return MaskedWeights()
+        return MaskedWeights(torch.ones_like(weight, dtype=torch.bool))
 
     def sparsity_at(self, epoch: int) -> float:
         """The share of dead weights during an epoch."""

@@ -62,7 +62,8 @@ class DynamicNetworkSurgery(Method):
     def noise(self, weight: Tensor, layout: Layout) -> Noise:
         size = weight.detach().abs()
         middle = (size.mean() + self.c * size.std(correction=0)).clamp_min(torch.finfo(size.dtype).tiny)
-        return SplicedWeights((1.0 - self.margin) * middle, (1.0 + self.margin) * middle)
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        return SplicedWeights(mask, (1.0 - self.margin) * middle, (1.0 + self.margin) * middle)
 
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
         spliced = cast(SplicedWeights, noise)

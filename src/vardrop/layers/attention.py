@@ -6,6 +6,7 @@ local reparameterisation does not apply, as in recurrent layers (arXiv:1708.0007
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class NoisyMultiheadAttention(nn.MultiheadAttention):
         return Layout()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        drawn = {name: noise.sample_weight(self.get_parameter(name)) for name, noise in noises_of(self).items()}
+        drawn = {name: noise.sample_weight(attrgetter(name)(self)) for name, noise in noises_of(self).items()}
         out_proj = _with_weights(self.out_proj, nn.Linear, {"weight": drawn.pop("out_proj.weight")})
         attention = _with_weights(self, nn.MultiheadAttention, drawn)
         vars(attention)["_modules"] = {**self._modules, "out_proj": out_proj}

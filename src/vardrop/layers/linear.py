@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch.nn.functional
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class NoisyConv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return run(self, _transposed_linear, x)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_conv1d, (type(self).__bases__[-1],), vars(self).copy()
+
 
 def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight.t(), bias)
@@ -46,6 +50,12 @@ def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether `kind` is transformers' ``Conv1D``, told by its name, so that transformers is not imported here."""
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _empty_conv1d(kind: type[nn.Module]) -> nn.Module:
+    """What a pickle begins with: it finds a class by its name alone, and that of this one is made when needed."""
+    noisy = noisy_conv1d(kind)  # type: ignore[arg-type]
+    return noisy.__new__(noisy)
 
 
 @cache

@@ -6,6 +6,8 @@ from vardrop.noise.base import child as child
 from vardrop.noise.base import noises_of as noises_of
 from vardrop.noise.dependent import DependentGate as DependentGate
 from vardrop.noise.dependent import InputGate as InputGate
+from vardrop.noise.dependent import Inputs as Inputs
+from vardrop.noise.dependent import with_first as with_first
 from vardrop.noise.gate import Gate as Gate
 from vardrop.noise.gate import Place as Place
 from vardrop.noise.gates import AdditiveGate as AdditiveGate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -105,13 +106,13 @@ class Noise(nn.Module):
         return "" if self.method is None else repr(self.method)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "mask")
-        self.mask = None if stored is None else torch.ones_like(stored, device=self._device())
+        """The mask comes and goes with the other tensors of this noise: a state without them leaves it alone."""
+        own = self.state_dict().keys() - {"mask"}
+        if not own or any(prefix + name in state_dict for name in own | {"mask"}):
+            stored = state_dict.get(prefix + "mask")
+            first = next(chain(self.parameters(), self.buffers()), stored)
+            self.mask = None if stored is None else torch.ones_like(stored, device=cast(Tensor, first).device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _device(self) -> torch.device | None:
-        first = next(self.parameters(), None)
-        return None if first is None else first.device
 
 
 def child(layer: nn.Module, name: str) -> nn.Module | None:

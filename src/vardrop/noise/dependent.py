@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from vardrop.noise.gates import BetaBernoulliGate
 EDGE = 1e-6
 VARIANCE_EPSILON = 1e-3
 LEAST_PROBABILITY = 1e-12
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a layer, by place and by name."""
 
 
 class DependentGate(Gate):
@@ -77,7 +81,7 @@ class DependentGate(Gate):
     def multiplier(self, value: Tensor, dim: int) -> Tensor:
         x = pooled(at_least_float32(value.detach()), dim).reshape(-1, self.units)
         level = self.scale * self._normalised(x)
-        if self.training:
+        if self.training and len(x):
             self._record(level + self.shift)
         if not self.active:
             multiplier = self.mean() * (level + self.shift).clamp(EDGE, 1.0 - EDGE)
@@ -93,13 +97,13 @@ class DependentGate(Gate):
         if self.training and len(x) > 1:
             mean, variance = x.mean(0), x.var(0, correction=0)
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance, self.momentum)
+                for running, now in ((self.running_mean, mean), (self.running_var, variance)):
+                    running.lerp_(now.to(running.dtype), self.momentum)
         return (x - mean) * (variance + VARIANCE_EPSILON).rsqrt()
 
     @torch.no_grad()
     def _record(self, level: Tensor) -> None:
-        top = level.amax(0)
+        top = level.amax(0).to(self.peak.dtype)
         self.peak.copy_(torch.maximum(top, torch.lerp(self.peak, top, self.momentum)))
 
     @torch.no_grad()
@@ -153,9 +157,17 @@ class InputGate(nn.Module):
         """Makes the plain `layer` apply this gate in every pass."""
         layer.gate = self
         if self.place == "input":
-            layer.register_forward_pre_hook(_gate_inputs)
+            layer.register_forward_pre_hook(_gate_inputs, with_kwargs=True)
         else:
             layer.register_forward_hook(_gate_outputs)
+
+
+def with_first(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]) -> Inputs:
+    """The arguments of a layer, the first one changed, whether it was given by place or by name."""
+    if inputs:
+        return (change(inputs[0]), *inputs[1:]), named
+    name = next(iter(named))
+    return inputs, {**named, name: change(named[name])}
 
 
 def pooled(value: Tensor, dim: int) -> Tensor:
@@ -164,9 +176,8 @@ def pooled(value: Tensor, dim: int) -> Tensor:
     return value.mean(positions, keepdim=True) if positions else value
 
 
-def _gate_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    gate: Any = layer.gate
-    return (gate(inputs[0]), *inputs[1:])
+def _gate_inputs(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Inputs:
+    return with_first(cast(InputGate, layer.gate), inputs, named)
 
 
 def _gate_outputs(layer: nn.Module, inputs: Any, output: Tensor) -> Any:

@@ -11,7 +11,16 @@ from vardrop.noise.gate import Gate, Place
 
 
 class MaskedWeights(Noise):
-    """No noise: the layer computes from its living weights in every pass; dead ones get no gradient."""
+    """No noise: the layer computes from its living weights in every pass; dead ones get no gradient.
+
+    Args:
+        mask: what lives at first, where training itself marks the dead: averages of a model keep step with its buffers
+            by their order, so that none may come later.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.mask = mask
 
     def forward(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return operation(x, self.sample_weight(weight), bias)
@@ -23,6 +32,9 @@ class MaskedWeights(Noise):
 class SplicedWeights(MaskedWeights):
     """Dead weights take no part in the output, but get the gradient that they would have got alive.
 
+    Args:
+        mask: what lives at first.
+
     Attributes:
         low: a living weight dies below it.
         high: a dead weight lives again from it on.
@@ -33,8 +45,8 @@ class SplicedWeights(MaskedWeights):
     high: Tensor
     steps: Tensor
 
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        super().__init__()
+    def __init__(self, mask: Tensor, low: Tensor, high: Tensor) -> None:
+        super().__init__(mask)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=low.device))

@@ -108,9 +108,10 @@ class AdditiveNoise(WeightNoise):
             return super().moments(weight)
         clip, dtype = self.clip_log_alpha, fast.narrow(weight)
         mean, variance, price = fused.weigh(weight, self.log_std, self.mask, self.method, clip, dtype)
-        self._price = (price, self._state_of(weight))
-        # after the backward comes a step, and fused ones do not raise the tensors' versions
-        mean.register_hook(self._forget)
+        if mean.requires_grad:
+            self._price = (price, self._state_of(weight))
+            # after the backward comes a step, and fused ones do not raise the tensors' versions
+            mean.register_hook(self._forget)
         return mean, variance
 
     def _forget(self, gradient: Tensor) -> None:

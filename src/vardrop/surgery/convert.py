@@ -95,10 +95,19 @@ def strip(model: nn.Module) -> nn.Module:
     The result computes what the converted model computes in eval mode. It holds no class of this library, but for the
     small plain modules of gates that depend on their input.
 
+    Raises:
+        ConversionError: a layer has been parametrized since its conversion.
+
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> type(vd.strip(net))
     <class 'torch.nn.modules.linear.Linear'>
     """
+    for name, layer in model.named_modules():
+        if noises(layer) and plain_class(type(layer)) is None:
+            raise ConversionError(
+                f"layer {name!r} has become a {type(layer).__name__} since it was converted: remove what parametrizes "
+                "it first, with torch.nn.utils.parametrize.remove_parametrizations"
+            )
     for layer in model.modules():
         plain = plain_class(type(layer))
         if plain is None:
@@ -243,8 +252,13 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
 
 
 def _is_one_layer(module: nn.Module) -> bool:
-    own = [name for name, _ in module.named_children() if name != "parametrizations"]
-    return isinstance(module, nn.MultiheadAttention) or not own
+    return noisy_class(type(module)) is not None or not _children(module)
+
+
+def _children(module: nn.Module) -> list[str]:
+    """The names of what hangs on `module` and is neither its own part nor a parametrization."""
+    own = {"parametrizations"} | ({"out_proj"} if isinstance(module, nn.MultiheadAttention) else set())
+    return [name for name, _ in module.named_children() if name not in own]
 
 
 def _advance(model: nn.Module, chosen: Mapping[str, tuple[Method, ...]]) -> None:
@@ -330,7 +344,7 @@ def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool, it
         )
     if takes_gates(type(layer)) or (noisy_class(type(layer)) is not None and not gated):
         check = UNSUPPORTED.get(type(layer))
-        fault = check(layer) if check else None
+        fault = (check(layer) if check else None) or _hung_on(layer)
         if fault is not None:
             raise UnsupportedLayerError(
                 f"layer {name!r} is a {type(layer).__name__}: {fault}, or leave it out with exclude={name!r}"
@@ -347,6 +361,14 @@ def _is_convertible(name: str, layer: nn.Module, *, gated: bool, named: bool, it
             f"leave it out with exclude={name!r}"
         )
     return False
+
+
+def _hung_on(layer: nn.Module) -> str | None:
+    """What somebody hung on `layer` that its noisy form would pass over, and what would be right."""
+    if "forward" in vars(layer):
+        return "it has a forward of its own, which takes the place of its class's: remove that"
+    children = _children(layer)
+    return f"it has the child {children[0]!r}, which a noisy layer does not know: remove that" if children else None
 
 
 def _known(gated: bool) -> str:

@@ -128,8 +128,16 @@ def graph(model: nn.Module, example_inputs: Any, *, on_unknown: str = "refuse") 
 
 
 def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """The positional arguments of the model's forward."""
-    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    """The positional arguments of the model's forward.
+
+    Raises:
+        InvalidValueError: one of them is an empty batch, on which nothing can be told.
+    """
+    given = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    for tensor in given:
+        if isinstance(tensor, Tensor) and tensor.dim() and not len(tensor):
+            raise InvalidValueError(f"example_inputs of shape {tuple(tensor.shape)}: must hold an example at least")
+    return given
 
 
 def as_batch(example_inputs: Any) -> tuple[Tensor, ...]:
@@ -241,6 +249,8 @@ def _visit(reading: Reading, node: Node, on_unknown: str) -> Outcome:
         _refuse_lost_writes(reading, node)
     rule = RULES.get(name)
     carrying = any(reading.value(source) is not None for source in node.all_input_nodes)
+    if getattr(node.target, "_schema", None) is None:  # a part of the model on its own, such as one under autocast
+        carrying |= any(reading.state_name(source) is not None for source in node.all_input_nodes)
     if name.startswith("_assert") or not (carrying or rule in MAKERS):
         return None
     if rule is not None:

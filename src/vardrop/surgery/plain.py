@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vardrop.errors import CompactionWarning, GraphError
 from vardrop.modes import in_eval_mode
 from vardrop.refusals import check_model
 from vardrop.sites import noises, sites
 from vardrop.surgery.convert import strip
-from vardrop.surgery.cut import equal, run
+from vardrop.surgery.cut import equal, run, stacked
 from vardrop.surgery.graph import as_arguments
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,13 +55,13 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
     inputs = as_arguments(example_inputs)
     with in_eval_mode(copy):
         try:
-            expected = run(copy, inputs)
+            expected = run(copy_of(copy), inputs)  # a pass may leave its traces in the model
             strip(copy)
-            found = run(copy, inputs)
+            found = run(copy_of(copy), inputs)
         except Exception:
             found = expected = []  # what does not run is named by whatever runs it next
             strip(copy)
-        differs = not equal(expected, found) and equal(found, run(copy, inputs))
+        differs = not equal(expected, found) and equal(found, run(copy_of(copy), inputs))
     if differs:
         raise GraphError(f"without its noise the model gives other outputs: {_why_other(model, inputs, expected)}")
     return copy
@@ -103,14 +103,16 @@ def trained_alone(plain: nn.Module, arguments: tuple[Any, ...]) -> list[str]:
 
 def _layers_run(plain: nn.Module, arguments: tuple[Any, ...], training: bool) -> list[str]:
     """The layers with parameters that run in a pass in training or in eval mode; none where there can be no pass."""
-    copy = copy_of(plain).train(training)
-    ran: list[str] = []
-    for name, layer in copy.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None:
-            layer.register_forward_hook(lambda *_, name=name: ran.append(name))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            run(copy, arguments)
-    except Exception:  # such as batch-norm on one example in training; what does not run at all is told by the tracing
-        return []
-    return ran
+    for sample in (arguments, tree_map(stacked, arguments, arguments)):
+        copy = copy_of(plain).train(training)
+        ran: list[str] = []
+        for name, layer in copy.named_modules():
+            if next(layer.parameters(recurse=False), None) is not None:
+                layer.register_forward_hook(lambda *_, name=name, ran=ran: ran.append(name))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                run(copy, sample)
+        except Exception:  # such as batch-norm on one example in training
+            continue
+        return ran
+    return []  # what does not run at all is told by the tracing

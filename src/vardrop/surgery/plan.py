@@ -48,7 +48,10 @@ class Plan:
     parameters_after: int
 
     def __getitem__(self, name: str) -> LayerPlan:
-        return next(layer for layer in self.layers if layer.name == name)
+        named = {layer.name: layer for layer in self.layers}
+        if name not in named:
+            raise KeyError(f"{name!r} is no layer of the plan; there are: {', '.join(named)}")
+        return named[name]
 
     def __str__(self) -> str:
         rows = [("layer", "inputs", "units", "folded", "stays though constant")]

@@ -57,10 +57,11 @@ def dropout(reading: Reading, node: Node) -> Outcome:
 
 def elementwise(reading: Reading, node: Node) -> Outcome:
     """Units at the same place join one class; a unit is constant where all that it is made of is constant."""
-    joined = _join(reading, node, shape(node), node.all_input_nodes)
-    if joined is None:
-        return None
-    operands = {source: _constants(reading, source, joined, shape(node)) for source in node.all_input_nodes}
+    sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
+    joined = _join(reading, node, shape(node), sources)
+    if joined is None or len(sources) < len(node.all_input_nodes):  # a number read from the data is not known
+        return joined
+    operands = {source: _constants(reading, source, joined, shape(node)) for source in sources}
     columns = torch.stack(list(operands.values()))
     known = ~columns.isnan().any(0)
     const = torch.where(known, _evaluate(node, operands), torch.nan) if known.any() else joined.const
@@ -238,7 +239,7 @@ def glu(reading: Reading, node: Node) -> Outcome:
 
 def concatenate(reading: Reading, node: Node) -> Outcome:
     """Along the units the lists are joined; along another dimension units at one place join one class."""
-    sources = cast(list[Node], node.args[0])
+    sources = [source for source in cast(list[Node], node.args[0]) if shape(source) != (0,)]  # torch skips these
     values = [value for source in sources if (value := reading.value(source))]
     dim = arguments(node)["dim"] % len(shape(node))
     if all(value.dim != dim for value in values):

@@ -5,15 +5,15 @@ The pixels of an image are such inputs: compaction must keep them, since the net
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vardrop.errors import InvalidValueError
-from vardrop.noise import InputGate
+from vardrop.noise import InputGate, Inputs, with_first
 from vardrop.sites import noises
+from vardrop.surgery.plain import copy_of
 
 WORTH_SELECTING = 20_000
 """Weights that a layer must save, so that reading them takes longer than to pick the inputs, at batch size 1 too."""
@@ -41,19 +41,19 @@ class InputSelection(nn.Module):
     def hang_on(self, layer: nn.Linear) -> None:
         """Makes the plain `layer` begin every pass with this."""
         layer.selection = self
-        layer.register_forward_pre_hook(_select, prepend=True)
+        layer.register_forward_pre_hook(_select, prepend=True, with_kwargs=True)
 
 
-def _select(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    selection: Any = layer.selection
-    return (selection(inputs[0]), *inputs[1:])
+def _select(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Inputs:
+    return with_first(cast(InputSelection, layer.selection), inputs, named)
 
 
 def select_inputs(model: nn.Module, *, least: int = WORTH_SELECTING) -> nn.Module:
     """A copy of a compacted `model` whose linear layers read only the inputs that some weight of theirs uses.
 
     A layer gets a smaller weight, and as a child ``selection`` an :class:`InputSelection` that picks its inputs; an
-    input-dependent gate on them is cut along. Outputs are the same to float accuracy for finite inputs.
+    input-dependent gate on them is cut along. Outputs are the same to float accuracy for finite inputs, unless the
+    model's forward reads a layer's ``in_features``: that is the number of inputs picked.
     :func:`vardrop.save`, :func:`vardrop.load` and :func:`vardrop.export_onnx` know such layers.
 
     Args:
@@ -80,7 +80,7 @@ def select_inputs(model: nn.Module, *, least: int = WORTH_SELECTING) -> nn.Modul
     """
     if not isinstance(least, int) or least < 1:
         raise InvalidValueError(f"least={least!r}: must be a whole number, at least 1")
-    small = deepcopy(model)
+    small = copy_of(model)
     users = [parameter for layer in small.modules() for parameter in layer._parameters.values()]
     for name, layer in small.named_modules():
         if noises(layer):

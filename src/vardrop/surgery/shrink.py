@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import ConversionError, EmptyLayerWarning, GraphError, InvalidValueError
 from vardrop.methods import Method
 from vardrop.noise import Gate
 from vardrop.sites import noises, sites, sites_of_converted, tensor_of
-from vardrop.surgery.convert import strip
-from vardrop.surgery.cut import count_anew, left_behind, living_groups, living_part, prove, stays_whole
+from vardrop.surgery.cut import count_anew, laid_like, left_behind, living_groups, living_part, prove, stays_whole
 from vardrop.surgery.graph import Graph, as_arguments
-from vardrop.surgery.plain import copy_of, trained_alone
+from vardrop.surgery.plain import copy_of, plain_copy, trained_alone
 from vardrop.surgery.plan import Alive, Plan
 from vardrop.surgery.prune import prune
 from vardrop.surgery.reading import Follower, Layer
@@ -29,7 +29,11 @@ Cut = Callable[[Tensor], Tensor]
 
 
 def shrink(
-    model: nn.Module, optimizer: torch.optim.Optimizer, example_inputs: Any, *, on_unknown: str = "refuse"
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    example_inputs: Any,
+    *,
+    on_unknown: str = "refuse",
 ) -> Plan:
     """Takes the dead units out of a converted `model` that goes on training, in place, so that it costs less.
 
@@ -48,7 +52,8 @@ def shrink(
 
     Args:
         model: converted; shrink before you wrap it for several processes.
-        optimizer: any whose state for a parameter is of that parameter's shape or a scalar, such as Adam.
+        optimizer: any whose state for a parameter is of that parameter's shape or a scalar, such as Adam; a sequence
+            of them where several train the model.
         example_inputs: one tensor, or a tuple with the arguments of the model's forward.
         on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
 
@@ -58,7 +63,8 @@ def shrink(
     Raises:
         ConversionError: the model is not converted, is wrapped, or has noise or a method that cannot be cut.
         GraphError: the model cannot be cut exactly, as for :func:`compact`.
-        InvalidValueError: the optimiser is another model's, or keeps state of another shape; a parameter is not finite.
+        InvalidValueError: an optimiser is another model's, or keeps state of another shape; none has a parameter that
+            is to be trained and loses units; a parameter is not finite.
 
     After an error model and optimiser are unharmed.
 
@@ -79,26 +85,29 @@ def shrink(
     (torch.Size([3, 4]), True)
     """
     _check_model(model)
-    _check_optimizer(model, optimizer)
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for each in optimizers:
+        _check_optimizer(model, each)
     whole = sum(parameter.numel() for parameter in model.parameters())
     marked, complaint = _marked(model)
     if complaint is not None:
         return Plan((), (f"nothing is cut: {complaint}",), whole, whole)
     arguments = as_arguments(example_inputs)
-    plain = strip(copy_of(marked))
+    plain = plain_copy(marked, arguments)
     _check_training(plain, arguments)
     done, graph, alive = prove(plain, arguments, on_unknown, new_biases=False)
     cuts = dict(_cuts(model, graph, alive))
+    _check_trained(cuts, optimizers)
     empty = _emptied(marked, cuts)
     if empty is not None:
         note = f"nothing is cut: what is dead leaves {empty!r} without a living weight"
         return Plan((), (note,), whole, whole)
     with torch.no_grad():
-        small = {name: _laid_like(cut(tensor), tensor) for name, (tensor, cut) in cuts.items()}
+        small = {name: laid_like(cut(tensor), tensor) for name, (tensor, cut) in cuts.items()}
         for name, added in _constants(marked, graph, alive):
-            bias = small.get(name, model.get_parameter(name))
+            bias = small[name] if name in small else tensor_of(model, name)
             bias += added.to(bias)
-        _replace(model, optimizer, cuts, small)
+        _replace(model, optimizers, cuts, small)
     for part in graph.parts:
         if isinstance(part, Layer):
             if not stays_whole(part, alive):
@@ -141,9 +150,9 @@ def why_whole(method: Method) -> str | None:
     return None
 
 
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raises unless `optimizer` trains `model` and keeps state that can be cut."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not isinstance(optimizer, Optimizer):
         raise InvalidValueError(f"optimizer={optimizer!r:.80}: must be the torch.optim.Optimizer that trains the model")
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -157,6 +166,17 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                     f"optimizer {type(optimizer).__name__} keeps {key!r} for {names.get(parameter, 'a parameter')!r} "
                     "in another shape than the parameter's, which cannot be cut with it: use one such as Adam or SGD"
                 )
+
+
+def _check_trained(cuts: Mapping[str, tuple[Tensor, Cut]], optimizers: Sequence[Optimizer]) -> None:
+    """Raises where a parameter loses units that none of the `optimizers` has: another one would train the old one."""
+    trained = {parameter for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    for name, (tensor, _) in cuts.items():
+        if tensor.requires_grad and tensor not in trained:
+            raise InvalidValueError(
+                f"{name!r} loses units but is in no optimizer given: give all that train the model, as a list, or "
+                "freeze it by requires_grad_(False)"
+            )
 
 
 def _marked(model: nn.Module) -> tuple[nn.Module, str | None]:
@@ -281,9 +301,12 @@ def _quiet_weight(layer: nn.Module, parameter: str) -> Tensor:
 
 
 def _replace(
-    model: nn.Module, optimizer: torch.optim.Optimizer, cuts: Mapping[str, tuple[Tensor, Cut]], small: dict[str, Tensor]
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    cuts: Mapping[str, tuple[Tensor, Cut]],
+    small: dict[str, Tensor],
 ) -> None:
-    """Puts the small tensors in the places of the large ones, in `model` and in `optimizer`."""
+    """Puts the small tensors in the places of the large ones, in `model` and in the `optimizers`."""
     new: dict[Tensor, nn.Parameter] = {}
     for name, (tensor, cut) in cuts.items():
         path, _, attribute = name.rpartition(".")
@@ -291,21 +314,13 @@ def _replace(
         if isinstance(tensor, nn.Parameter):
             value = new[tensor] = nn.Parameter(value, requires_grad=tensor.requires_grad)
             if tensor.grad is not None:
-                value.grad = _laid_like(cut(tensor.grad), tensor)
-            if tensor in optimizer.state:
-                optimizer.state[value] = {
-                    key: _laid_like(cut(kept), tensor) if isinstance(kept, Tensor) and kept.numel() > 1 else kept
-                    for key, kept in optimizer.state.pop(tensor).items()
-                }
+                value.grad = laid_like(cut(tensor.grad), tensor)
+            for each in optimizers:
+                if tensor in each.state:
+                    each.state[value] = {
+                        key: laid_like(cut(kept), tensor) if isinstance(kept, Tensor) and kept.numel() > 1 else kept
+                        for key, kept in each.state.pop(tensor).items()
+                    }
         setattr(model.get_submodule(path), attribute, value)
-    for group in optimizer.param_groups:
+    for group in (group for each in optimizers for group in each.param_groups):
         group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
-
-
-def _laid_like(small: Tensor, large: Tensor) -> Tensor:
-    """`small` on the device of `large`, in its order of dimensions in memory."""
-    kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
-    kind = kinds.get(large.dim(), torch.contiguous_format)
-    if not large.is_contiguous(memory_format=kind) or large.is_contiguous():
-        kind = torch.contiguous_format
-    return small.to(large.device).clone(memory_format=kind)

@@ -11,8 +11,9 @@ from vardrop.errors import ConversionError, GraphError, InvalidValueError
 def shrink_vocabulary(model: nn.Module, name: str) -> Tensor:
     """Takes the words whose rows are all zero out of an embedding of a plain `model`, in place.
 
-    They share one row of zeros afterwards, that of the padding if it is among them. The model computes from
-    ``new_ids[words]`` what it computed from ``words`` before.
+    They share one row of zeros afterwards; that of the padding stays the padding's, so that masks by its id hold. The
+    model computes from ``new_ids[words]`` what it computed from ``words`` before, unless its forward also reads the
+    weight outside the embedding.
 
     Args:
         model: plain, compacted or stripped.
@@ -39,10 +40,12 @@ def shrink_vocabulary(model: nn.Module, name: str) -> Tensor:
     """
     layer = _embedding(model, name)
     live = (layer.weight.detach() != 0).any(dim=1)
+    padding = layer.padding_idx
+    if padding is not None:
+        live[padding] = True
     if live.all():
         return torch.arange(layer.num_embeddings, device=live.device)
-    padding = layer.padding_idx
-    shared = padding if padding is not None and not live[padding] else int(live.int().argmin())
+    shared = int(live.int().argmin())
     kept = live.clone()
     kept[shared] = True
     ids = kept.cumsum(0) - 1
