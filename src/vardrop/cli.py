@@ -136,7 +136,7 @@ def compress(
     console.print(result_table(result))
     if result["pruned"]["units"]:
         console.print(f"units {result['pruned']['units']}")
-    console.print(f"everything is in {out}; next: vardrop report {out}")
+    console.print(escape(f"everything is in {out}; next: vardrop report {out}"), soft_wrap=True)
 
 
 @app.command()
@@ -206,7 +206,7 @@ def sweep(
         values = ", ".join(f"{name}={short(value)}" for name, value in point.values.items())
         table.add_row(point.run, f"{100 * point.error:.2f}", f"{point.size:,.1f}", values)
     console.print(table)
-    console.print(f"picture: {out / 'front.png'}")
+    console.print(escape(f"picture: {out / 'front.png'}"), soft_wrap=True)
 
 
 @app.command()
@@ -272,7 +272,7 @@ def evaluate(
     from vardrop.evaluate import evaluate as again
 
     console.print(evaluation_table(again(run, data_root=data_root, samples=samples, ood=ood)["rows"]))
-    console.print(f"figures: {run / EVALUATION}, picture: {run / PICTURE}", soft_wrap=True)
+    console.print(escape(f"figures: {run / EVALUATION}, picture: {run / PICTURE}"), soft_wrap=True)
 
 
 @app.command()
@@ -300,7 +300,7 @@ def export(
     from vardrop.evaluate import export as write
 
     write(run, out, data_root=data_root)
-    console.print(f"{out}: {out.stat().st_size:,} bytes")
+    console.print(escape(f"{out}: {out.stat().st_size:,} bytes"), soft_wrap=True)
 
 
 @app.command()
@@ -311,7 +311,7 @@ def report(
     """Write a self-contained page about a run: curves, live weights, log alpha, pictures of the first layer."""
     from vardrop.report import report as write
 
-    console.print(f"the report is in {write(run, out)}")
+    console.print(escape(f"the report is in {write(run, out)}"), soft_wrap=True)
 
 
 @app.command("methods")

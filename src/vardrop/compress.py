@@ -430,7 +430,10 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from, with a plus sign where it was changed since."""
     here = Path(__file__).resolve().parent
-    try:
+    try:  # installed into an environment that lies in another project's checkout, this file is not one of that
+        subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, check=True
+        )
         run = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -13,7 +13,7 @@ from vardrop.compare import onnx_call
 from vardrop.compress import ORIGINAL, Job, Listeners, compress
 from vardrop.evaluate import load_small
 from vardrop.export import export_onnx
-from vardrop.files import RUN, replace_file
+from vardrop.files import RUN, read_run, replace_file
 from vardrop.io import load
 from vardrop.measure import latencies
 from vardrop.methods import SparseVD
@@ -43,8 +43,7 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
     trained again, only measured.
     """
     job = Job(net=NET, data="digits", method=SparseVD(train_clip=True), schedule=SCHEDULE, pretrain=PRETRAIN_EPOCHS)
-    finished = folder / RUN
-    run = json.loads(finished.read_text()) if finished.exists() else compress(job, folder, listeners=listeners)
+    run = read_run(folder) if (folder / RUN).exists() else compress(job, folder, listeners=listeners)
     data = load_data(job.data)
 
     def build() -> torch.nn.Module:

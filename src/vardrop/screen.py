@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vardrop.checkpoint import Epoch
 from vardrop.compress import Listeners
@@ -16,9 +17,9 @@ def progress_of(console: Console) -> Progress:
     """One bar for each stage of a job."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
         console=console,
@@ -44,24 +45,20 @@ def listeners_of(progress: Progress) -> Listeners:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """The figures of a run, stage by stage."""
-    table = Table(
-        "net", "test error %", "NLL", "living weights", "compression", "parameters", "non-zero ones", "bytes on disk"
-    )
-    for name in ("original", "trained", "pruned", "compacted"):
-        row = result[name]
-        if row is None:
-            continue
-        table.add_row(
-            name,
-            f"{100 * row['error']:.2f}",
-            f"{row['nll']:.4f}",
-            count(row["nonzero"] if "total" in row else None),
-            f"{row['compression']:.1f}x" if "compression" in row else "",
-            count(row.get("parameters")),
-            count(row["nonzero"] if "parameters" in row else None),
-            count(row.get("bytes")),
-        )
+    """The figures of a run, a column for each stage."""
+    stages = {name: row for name in ("original", "trained", "pruned", "compacted") if (row := result[name]) is not None}
+    table = Table(Column("", no_wrap=True), *(Column(name, no_wrap=True) for name in stages))
+
+    def add(label: str, text: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(label, *map(text, stages.values()))
+
+    add("test error %", lambda row: f"{100 * row['error']:.2f}")
+    add("NLL, nats", lambda row: f"{row['nll']:.4f}")
+    add("living weights", lambda row: count(row["nonzero"] if "total" in row else None))
+    add("compression", lambda row: f"{row['compression']:.1f}x" if "compression" in row else "")
+    add("parameters", lambda row: count(row.get("parameters")))
+    add("non-zero ones", lambda row: count(row["nonzero"] if "parameters" in row else None))
+    add("bytes on disk", lambda row: count(row.get("bytes")))
     return table
 
 

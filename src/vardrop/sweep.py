@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
 
 from vardrop.compress import Job, Listeners, compress, differing
-from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
+from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError, VardropWarning
 from vardrop.files import make_folder, replace_file
 from vardrop.report import figures
 from vardrop.settings import alternatives, value_of
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 FRONT = "front.json"
 PICTURE = "front.png"
+REASON = "reason"
+"""Why a trial gave no net, among what the study keeps of it."""
 Against = Literal["compression", "flops"]
 Value = bool | int | float | str | None
 
@@ -117,7 +120,7 @@ def sweep(
         search: what is varied, by field of the method or of the schedule.
         folder: where the runs, ``front.json`` and ``front.png`` go.
         trials: how many finished trials the study is to have; one whose loss diverges, or whose values do not go
-            together, is finished too, on no front.
+            together, is finished too, on no front; a warning tells how many there were, and why.
         against: size by ``"compression"`` of weights, or by ``"flops"`` of the small net.
         storage: where Optuna keeps the study, a URL; an SQLite file in `folder` by default.
         listeners: told of the progress of each run.
@@ -125,6 +128,7 @@ def sweep(
 
     Raises:
         InvalidValueError: no validation data, an unknown measure of size, or `trials` below 1.
+        TrainingError: no trial gave a net.
         MissingExtraError: optuna or matplotlib is not installed.
         StorageError: `folder`, or `storage`, cannot be used, or holds a study of the same name that searches something
             else.
@@ -143,17 +147,21 @@ def sweep(
     make_folder(folder)
     study = _study(optuna, job, search, folder, against, storage)
 
+    def lost(trial: Trial, error: Exception) -> Exception:
+        trial.set_user_attr(REASON, str(error))
+        return cast(Exception, optuna.TrialPruned(str(error)))
+
     def objective(trial: Trial) -> tuple[float, float]:
         chosen = {field: span.suggest(trial, field) for field, span in search.items()}
         run = folder / _run_name(chosen)
         try:
             tried = _with(job, chosen)
         except InvalidValueError as error:
-            raise optuna.TrialPruned(str(error)) from error
+            raise lost(trial, error) from error
         try:
             result = compress(tried, run, listeners=listeners)
         except TrainingError as error:
-            raise optuna.TrialPruned(str(error)) from error
+            raise lost(trial, error) from error
         except KeyboardInterrupt as stop:
             raise _Stopped from stop
         size = result["compacted"]["flops"] if against == "flops" else result["pruned"]["compression"]
@@ -172,7 +180,19 @@ def sweep(
             study.optimize(objective, callbacks=[enough, keep])
         except _Stopped as stop:
             raise KeyboardInterrupt from stop
+    _tell_of_the_lost(study)
     return _keep(folder, study, against)
+
+
+def _tell_of_the_lost(study: Study) -> None:
+    """Warns of trials that gave nothing, or raises where all did."""
+    ended = [trial for trial in study.get_trials() if trial.state.is_finished()]
+    reasons = [trial.user_attrs[REASON] for trial in ended if REASON in trial.user_attrs]
+    if reasons:
+        told = f"{len(reasons)} of {len(ended)} trials gave no net; the last because of {reasons[-1]}"
+        if not study.best_trials:
+            raise TrainingError(f"{told}; search where values go together and the loss stays finite")
+        warnings.warn(told, VardropWarning, stacklevel=3)
 
 
 def _optuna() -> Any:
@@ -212,7 +232,8 @@ def _study(
             "choose another folder"
         )
     study.set_user_attr("job", wanted)
-    study.sampler = optuna.samplers.TPESampler(seed=job.schedule.seed + len(study.get_trials()))
+    seed = job.schedule.seed + len(study.get_trials()) if storage is None else None  # workers must not try the same
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=storage is not None)
     if storage is None:
         for broken_off in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             study.tell(broken_off.number, state=optuna.trial.TrialState.FAIL)

@@ -22,7 +22,7 @@ from vardrop.noise import AdversarialNoise
 from vardrop.sites import batched, sites
 from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.sizes import sizes
-from vardrop.train import Loader, Schedule, accelerator_of, living
+from vardrop.train import Loader, Schedule, accelerator_of, living, take_up
 
 Losses = tuple[Tensor, Tensor, Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -152,7 +152,7 @@ def _train(
     for member, found in zip(members, stored, strict=True):
         member.batches.to(accelerator.device)
         if found is not None:
-            member.net.load_state_dict(found["model"])
+            take_up(member.net, found["model"], member.folder)
         member.net.to(accelerator.device)
     elbo = schedule.elbo(num_data)
     with _Stack([member.net for member in members]) as stack:

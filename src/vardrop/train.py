@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vardrop import warmup
 from vardrop.checkpoint import Epoch, draw_on_from, epochs_in, read, write
 from vardrop.elbo import ELBO
-from vardrop.errors import InvalidValueError, MissingExtraError, TrainingError
+from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.methods.base import check_number
 from vardrop.sites import parameter_groups, sites
 from vardrop.surgery.prune import Pruned, count_alive, would_live
@@ -324,6 +324,21 @@ def _state(net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO) -> dict
     }
 
 
+def take_up(net: nn.Module, state: dict[str, Any], folder: Path) -> None:
+    """Loads the `state` that a checkpoint in `folder` holds.
+
+    Raises:
+        StorageError: it is that of another net, as where one's own code has changed since.
+    """
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition("\n")[2].strip()
+        raise StorageError(
+            f"the checkpoint in {folder} is that of another net ({reason}): has its code changed? choose another folder"
+        ) from error
+
+
 def _resume(
     folder: Path, identity: str, net: nn.Module, optimizer: torch.optim.Optimizer, elbo: ELBO, *, shrinks: bool
 ) -> list[Epoch]:
@@ -332,7 +347,7 @@ def _resume(
         return []
     if shrinks:
         resize(net, stored["sizes"], stored["model"])
-    net.load_state_dict(stored["model"])
+    take_up(net, stored["model"], folder)
     optimizer.load_state_dict(stored["optimizer"])
     elbo.load_state_dict(stored["elbo"])
     draw_on_from(stored)

@@ -8,7 +8,7 @@ import pytest
 
 import vardrop as vd
 from vardrop.compress import Job
-from vardrop.errors import InvalidValueError, StorageError
+from vardrop.errors import InvalidValueError, StorageError, TrainingError, VardropWarning
 from vardrop.sweep import FRONT, PICTURE, Range, parse_search, sweep
 from vardrop.train import Schedule
 
@@ -94,12 +94,21 @@ def test_a_finished_study_runs_nothing_and_another_one_is_refused(tmp_path):
         sweep(JOB, parse_search(["threshold=0.1:0.3"], JOB), tmp_path, trials=2)
 
 
-def test_a_search_in_which_every_trial_diverges_ends(tmp_path):
+@pytest.mark.parametrize(("values", "reason"), [("lr=1e36:1e37:log", "not finite"), ("decay_from=5:9", "decay_from=")])
+def test_a_search_in_which_no_trial_gives_a_net_ends_and_says_why(tmp_path, values, reason):
     pytest.importorskip("optuna")
-    search, seen = parse_search(["lr=1e36:1e37:log"], JOB), []
-    assert sweep(JOB, search, tmp_path, trials=3, on_trial=seen.append) == [] and not seen
-    assert len(list(tmp_path.glob("run-*"))) == 3
+    search, seen = parse_search([values], JOB), []
+    with pytest.raises(TrainingError, match=f"3 of 3 trials gave no net; the last because of .*{reason}"):
+        sweep(JOB, search, tmp_path, trials=3, on_trial=seen.append)
+    assert not seen
     assert json.loads((tmp_path / FRONT).read_text())["all"] == []
+
+
+def test_trials_that_gave_no_net_are_told_beside_those_that_did(tmp_path):
+    pytest.importorskip("optuna")
+    search = parse_search(["decay_from=1,5"], JOB)
+    with pytest.warns(VardropWarning, match=r"\d of 4 trials gave no net; the last because of decay_from=5"):
+        assert sweep(JOB, search, tmp_path, trials=4)
 
 
 def test_a_trial_that_was_broken_off_is_taken_up_again(tmp_path):

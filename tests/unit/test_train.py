@@ -278,3 +278,11 @@ def test_two_processes_share_every_minibatch_and_keep_the_same_weights(tmp_path)
     alone = fresh()
     history = run(tmp_path / "alone", alone)
     assert abs(float(said["rank 0"].split()[0]) - history[-1].train_nll) < 0.1
+
+
+def test_a_checkpoint_of_a_net_whose_code_has_changed_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fresh(), stop_after=1)
+    wider = vd.convert(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2)), vd.ARD())
+    with pytest.raises(StorageError, match=r"is that of another net \(size mismatch for .*: has its code changed"):
+        run(tmp_path, wider)

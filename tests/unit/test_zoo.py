@@ -155,6 +155,9 @@ def test_ones_own_mistakes_are_named(tmp_path):
         ({"train_y": "[0, -1, 2, 0, 1, 2]"}, "label -1 of example 1"),
         ({"train_y": "[0, 1, 2, 0, 1.5, 2]"}, "returned a label 1.5: labels must be whole numbers"),
         ({"train_x": "torch.rand(5, 4)"}, "5 inputs, but 6 labels"),
+        ({"train_x": "torch.rand(6)"}, r"inputs of shape \(6,\): must be an example a row"),
+        ({"train_x": "[['a'] * 4] * 6"}, "returned inputs that are no array of numbers, but list"),
+        ({"train_x": "{0: 1}"}, "returned inputs that are no array of numbers, but dict"),
         ({"test_x": "torch.rand(3, 9)"}, r"inputs of shape \(9,\)"),
         ({"train_x": "torch.rand(0, 4)", "train_y": "[]"}, "there are no examples"),
         ({"train_y": "[0] * 6", "test_y": "[0] * 3"}, "nothing to tell apart"),
@@ -238,6 +241,12 @@ def test_the_order_of_batches_follows_from_seed_and_epoch_alone():
     assert [y.tolist() for _, y in again] != first
 
 
+@pytest.mark.parametrize(("count", "size", "sizes"), [(9, 4, [4, 5]), (3, 1, [1, 1, 1]), (1, 4, [1]), (8, 4, [4, 4])])
+def test_no_example_is_left_alone_at_the_end_of_an_epoch(count, size, sizes):
+    batches = Batches(Split(torch.arange(float(count)), torch.arange(count)), size, seed=0)
+    assert [len(y) for _, y in batches] == sizes and len(batches) == len(sizes)
+
+
 def test_all_examples_stay_on_the_device_where_they_find_room():
     batches = Batches(Split(torch.arange(10.0), torch.arange(10)), 4, seed=3)
     batches.to(torch.device("meta"))
@@ -313,6 +322,38 @@ def test_sentences_become_ids_by_frequency_filled_up_on_the_left(tmp_path):
     data = load_data("mine", data_root=tmp_path)
     assert data.train.x.tolist() == [[0, 4, 3], [2, 2, 3]] and data.test.x.tolist() == [[0, 1, 3]]
     assert data.train.y.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["a", "b"], ["pos", "neg"], "example 0 has the label 'pos': must be a whole number"),
+        (["a", "b"], [0.0, 0.7], "example 0 has the label 0.0: must be a whole number"),
+        (["a", "b"], [0, None], "example 1 has the label None: must be a whole number"),
+        (["a", None], [0, 1], "training data of 'mine': example 1 has no text"),
+    ],
+)
+def test_sentences_without_text_or_class_are_refused(tmp_path, texts, labels, message):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "mine").mkdir()
+    for part in ("train", "test"):
+        datasets.Dataset.from_dict({"text": texts, "label": labels}).to_parquet(tmp_path / "mine" / f"{part}.parquet")
+    with pytest.raises(DataError, match=message):
+        load_data("mine", data_root=tmp_path)
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_images_with_a_palette_are_read_in_colour(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    colours = numpy.random.default_rng(0).integers(0, 4, (8, 8, 3), dtype=numpy.uint8) * 80
+    for part in ("train", "test"):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / "mine" / part / kind
+            folder.mkdir(parents=True)
+            image.fromarray(colours).quantize(64).save(folder / "one.png")
+    x = load_data("mine", data_root=tmp_path).train.x
+    assert x.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(x[0], torch.as_tensor(colours).permute(2, 0, 1) / 255.0, rtol=0.0, atol=0.02)
 
 
 def test_nets_for_text_give_a_logit_for_each_class(tmp_path):

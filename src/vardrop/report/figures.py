@@ -62,16 +62,17 @@ def training_curves(history: list[dict[str, Any]]) -> Figure:
 
 
 def alive_weights(history: list[dict[str, Any]], totals: dict[str, int]) -> Figure:
-    """Live weights of each layer over the epochs, as a share of all."""
+    """Live weights of each layer, and living units of each gate, over the epochs, as a share of all."""
     figure, (axis,) = _panels(1, 1, (9.0, 3.2))
     epochs = [entry["epoch"] + 1 for entry in history]
     for name, total in totals.items():
         alive = [100 * entry["alive"].get(name, total) / total for entry in history]
-        axis.plot(epochs, alive, label=f"layer {name}, {total:,} weights")
+        what = "units" if name.endswith("gate") else "weights"
+        axis.plot(epochs, alive, label=f"{name}, {total:,} {what}")
     axis.set_yscale("log")
     axis.set_xlabel("epoch")
     axis.legend(frameon=False, labelcolor=INK, fontsize=8)
-    _title(axis, "live weights, %")
+    _title(axis, "alive, %")
     return figure
 
 

@@ -78,7 +78,7 @@ def _page(folder: Path, run: dict[str, Any]) -> str:
         ("Figures on the test data", _figures_table(run)),
         ("Training", _picture(figures.training_curves(history)) if history else None),
         (
-            "Live weights over time",
+            "Alive over time",
             _picture(figures.alive_weights(history, run["layers"])) if history else None,
         ),
         (

@@ -13,7 +13,8 @@ from vardrop.zoo.data import Split
 class Batches:
     """Shuffled minibatches of a split; the order of an epoch depends on nothing but `seed` and its number.
 
-    So a run that was broken off goes on with the very batches that it would have seen.
+    So a run that was broken off goes on with the very batches that it would have seen. A single example left at the end
+    joins the batch before it: batch-norm cannot train on one alone.
     """
 
     def __init__(self, split: Split, batch_size: int, *, seed: int) -> None:
@@ -31,10 +32,17 @@ class Batches:
         self.split = self.split.on(device)
 
     def __len__(self) -> int:
-        return -(-len(self.split.y) // self.batch_size)
+        return len(self._sizes())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.split.y), generator=generator)
-        for indices in order.to(self.split.x.device).split(self.batch_size):
+        for indices in order.to(self.split.x.device).split(self._sizes()):
             yield self.split.x[indices], self.split.y[indices]
+
+    def _sizes(self) -> list[int]:
+        whole, left = divmod(len(self.split.y), self.batch_size)
+        sizes = [self.batch_size] * whole + [left] * (left > 0)
+        if left == 1 and whole:
+            sizes[-2:] = [self.batch_size + 1]
+        return sizes

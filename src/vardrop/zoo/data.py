@@ -37,6 +37,8 @@ PARTS = {"training": "train", "test": "test", "validation": "validation"}
 IMAGE_COLUMNS = ("image", "img")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
+PIXELS = "rgb"
+"""How images become pixels: part of the name of what is cached, so that another way finds nothing old."""
 DIGITS_SEED = 0
 LABELS_SEED = 0
 RANDOM_LABELS = ":random-labels"
@@ -194,12 +196,25 @@ def _own_splits(spec: str) -> tuple[Split, Split]:
 
 
 def _own_split(spec: str, x: Any, y: Any) -> Split:
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    x, y = _own_tensor(spec, "inputs", x), _own_tensor(spec, "labels", y)
     labels = y.long()
     broken = y[labels != y]
     if broken.numel():
         raise DataError(f"{spec!r} returned a label {float(broken[0]):g}: labels must be whole numbers, the classes")
     return Split(x if x.dtype == torch.int64 else x.float(), labels)
+
+
+def _own_tensor(spec: str, what: str, given: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"{spec!r} returned {what} that are no array of numbers, but {type(given).__name__}: {error}"
+        ) from error
+    if tensor.dim() < (2 if what == "inputs" else 1):
+        wanted = "an example a row, (N, ...)" if what == "inputs" else "(N,)"
+        raise DataError(f"{spec!r} returned {what} of shape {tuple(tensor.shape)}: must be {wanted}")
+    return tensor
 
 
 def _digits() -> tuple[Split, Split]:
@@ -254,7 +269,10 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, ...]:
             f"data {name!r} has the columns {', '.join(sorted(columns))}: beside {column} there must be a label column "
             f"({' or '.join(LABEL_COLUMNS)}), or nothing"
         )
-    labels = (torch.tensor(table[label], dtype=torch.int64) for table in tables.values())
+    for part, lines in texts.items():
+        if None in lines:
+            raise DataError(f"{part} data of {name!r}: example {list(lines).index(None)} has no {column}")
+    labels = (_labels(name, table, label) for table in tables.values())
     return tuple(Split(x, y) for x, y in zip(classified(*texts.values()), labels, strict=True))
 
 
@@ -267,19 +285,30 @@ def _decoded(name: str, table: Any) -> Split:
             f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
             f"({' or '.join(IMAGE_COLUMNS)}) and a label column ({' or '.join(LABEL_COLUMNS)})"
         )
-    cached = _cache_folder() / f"{name.replace('/', '--')}-{table._fingerprint}.safetensors"
+    cached = _cache_folder() / f"{name.replace('/', '--')}-{table._fingerprint}-{PIXELS}.safetensors"
     try:
         pixels = load_file(cached)["pixels"]
     except (OSError, SafetensorError, KeyError):
         pixels = _pixels(name, table[image])
         replace_file(cached, lambda path: save_file({"pixels": pixels}, path))
-    return Split(pixels.float() / 255.0, torch.tensor(table[label], dtype=torch.int64))
+    return Split(pixels.float() / 255.0, _labels(name, table, label))
+
+
+def _labels(name: str, table: Any, column: str) -> Tensor:
+    """The `column` of classes, each a whole number."""
+    labels = list(table[column])
+    for index, label in enumerate(labels):
+        if not isinstance(label, int):
+            raise DataError(
+                f"data {name!r}: example {index} has the {column} {label!r}: must be a whole number, its class from 0"
+            )
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def _pixels(name: str, images: Any) -> Tensor:
     import numpy
 
-    arrays = [numpy.asarray(image) for image in images]
+    arrays = [numpy.asarray(image.convert("RGB") if getattr(image, "mode", "") == "P" else image) for image in images]
     shapes = {array.shape for array in arrays}
     if len(shapes) != 1:
         raise DataError(f"data {name!r}: images of different sizes, such as {sorted(shapes)[:2]}; must all be alike")
