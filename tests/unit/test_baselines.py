@@ -13,6 +13,7 @@ from vardrop.cli import make_method
 from vardrop.compress import Job, compress
 from vardrop.errors import InvalidValueError
 from vardrop.noise.unit import worst_near
+from vardrop.surgery.prune import would_live
 from vardrop.train import Schedule
 
 
@@ -365,3 +366,9 @@ def test_loaded_marks_lie_where_their_layer_lies():
     elsewhere = vd.convert(nn.Linear(6, 4, device="meta"), vd.MagnitudePruning())
     elsewhere.load_state_dict(pruned.state_dict())
     assert elsewhere.noise.mask.device.type == "meta"
+
+
+def test_what_would_live_of_a_net_that_is_pruned_as_it_trains_is_what_lives():
+    net = layer(vd.MagnitudePruning(sparsity=0.75, start=1, every=1, rounds=2), [0.1, -0.4, 0.3, -0.2])
+    assert [would_live(net).alive, step(net, 1), would_live(net).alive] == [4, None, 2]
+    assert vd.prune(net).alive == 1

@@ -1,6 +1,7 @@
 """Networks and data by name, one's own, and everything that is refused before any training."""
 
 import re
+import shutil
 import textwrap
 
 import numpy
@@ -124,6 +125,13 @@ def test_ones_own_net_and_data(tmp_path):
     assert (net.in_features, net.out_features) == (4, 3)
 
 
+def test_ones_own_data_are_the_same_whenever_they_are_read(tmp_path):
+    file = write_own(tmp_path / "mine.py")
+    first = load_data(f"{file}:data")
+    torch.randn(3)
+    assert torch.equal(load_data(f"{file}:data").test.x, first.test.x)
+
+
 def test_ones_own_mistakes_are_named(tmp_path):
     file = write_own(tmp_path / "mine.py")
     data = load_data(f"{file}:data")
@@ -221,6 +229,10 @@ def test_strange_inputs_need_no_training_split_and_may_lie_in_any_folder(tmp_pat
         assert torch.equal(load_inputs(folder, input_shape=(1, 4, 5), data_root=root), by_name)
     with pytest.raises(DataError, match=r"inputs of shape \(1, 4, 5\), but the net takes \(1, 8, 8\)"):
         load_inputs("some/set", input_shape=(1, 8, 8), data_root=tmp_path)
+    shutil.copytree(tmp_path / "some" / "set", tmp_path / "c")
+    table = pytest.importorskip("datasets").load_dataset(str(tmp_path / "c"))["test"].remove_columns("label")
+    table.to_parquet(next((tmp_path / "c").glob("test*")))
+    assert torch.equal(load_inputs(str(tmp_path / "c"), input_shape=(1, 4, 5)), by_name)
     write_hub_folder(tmp_path / "b", splits=("train",))
     with pytest.raises(DataError, match="has the splits train: must have test"):
         load_inputs("some/set", input_shape=(1, 4, 5), data_root=tmp_path / "b")

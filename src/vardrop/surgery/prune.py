@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.errors import EmptyLayerWarning, InvalidValueError
+from vardrop.methods import Method
 from vardrop.sites import Site, sites, sites_of_converted
 
 
@@ -126,9 +127,15 @@ def count_alive(model: nn.Module) -> Pruned:
 
 
 def would_live(model: nn.Module) -> Pruned:
-    """Like :func:`prune` by each method's own rule, but only counts: nothing is marked."""
+    """Like :func:`prune` by each method's own rule, but only counts: nothing is marked.
+
+    Of a method that marks while it trains, what is marked by now counts.
+    """
     masks: dict[Site, Tensor | None] = {}
     for site in sites(model):
+        if site.noise.mask is not None and type(site.method).step is not Method.step:
+            masks[site] = site.noise.mask
+            continue
         scores = site.method.score(site.noise, site.weight)
         masks[site] = None if scores is None else _living(scores, site.method.cutoff())
     _spare_the_last(masks)

@@ -40,6 +40,7 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 PIXELS = "rgb"
 """How images become pixels: part of the name of what is cached, so that another way finds nothing old."""
 DIGITS_SEED = 0
+SPLIT_SEED = 0
 LABELS_SEED = 0
 RANDOM_LABELS = ":random-labels"
 
@@ -128,7 +129,7 @@ def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | No
         x = load_data(spec).test.x
     else:
         name = DATASETS.get(spec, spec)
-        x = _decoded(name, _tables(name, data_root, "test")["test"]).x
+        x = _images(name, _tables(name, data_root, "test")["test"])
     if x.shape[1:] != input_shape:
         raise DataError(f"data {spec!r}: inputs of shape {tuple(x.shape[1:])}, but the net takes {input_shape}")
     return x
@@ -185,7 +186,9 @@ def _with_random_labels(spec: str, data: Data) -> Data:
 
 
 def _own_splits(spec: str) -> tuple[Split, Split]:
-    given = call_own(spec)
+    with torch.random.fork_rng(devices=()):  # a split that is drawn falls the same each time the data are read
+        torch.manual_seed(SPLIT_SEED)
+        given = call_own(spec)
     try:
         (x_train, y_train), (x_test, y_test) = given
     except (TypeError, ValueError):
@@ -277,13 +280,23 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, ...]:
 
 
 def _decoded(name: str, table: Any) -> Split:
-    """All images of a table as one tensor; decoding takes a while, so the pixels are kept in a cache."""
-    image = next((column for column in IMAGE_COLUMNS if column in table.column_names), None)
+    """All images of a table with their labels."""
     label = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
-    if image is None or label is None:
+    if label is None:
         raise DataError(
             f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
             f"({' or '.join(IMAGE_COLUMNS)}) and a label column ({' or '.join(LABEL_COLUMNS)})"
+        )
+    return Split(_images(name, table), _labels(name, table, label))
+
+
+def _images(name: str, table: Any) -> Tensor:
+    """All images of a table as one tensor; decoding takes a while, so the pixels are kept in a cache."""
+    image = next((column for column in IMAGE_COLUMNS if column in table.column_names), None)
+    if image is None:
+        raise DataError(
+            f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
+            f"({' or '.join(IMAGE_COLUMNS)})"
         )
     cached = _cache_folder() / f"{name.replace('/', '--')}-{table._fingerprint}-{PIXELS}.safetensors"
     try:
@@ -291,7 +304,7 @@ def _decoded(name: str, table: Any) -> Split:
     except (OSError, SafetensorError, KeyError):
         pixels = _pixels(name, table[image])
         replace_file(cached, lambda path: save_file({"pixels": pixels}, path))
-    return Split(pixels.float() / 255.0, _labels(name, table, label))
+    return pixels.float() / 255.0
 
 
 def _labels(name: str, table: Any, column: str) -> Tensor:
