@@ -88,15 +88,15 @@ class Job:
         for name in ("pretrain", "validation"):
             if getattr(self, name) < 0:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        obstacle = why_whole(self.method)
+        if self.schedule.shrink_every is not None and obstacle is not None:
+            raise InvalidValueError(f"shrink_every={self.schedule.shrink_every}: {obstacle}; leave it out")
         methods = [self.method, *dict(self.parts).values()]
         if self.schedule.gate_lr is not None and not any(method.on_units for method in methods):
             raise InvalidValueError(
                 f"gate_lr={self.schedule.gate_lr}: {type(self.method).__name__} acts on weights and has no gate; leave "
                 "it out"
             )
-        obstacle = why_whole(self.method)
-        if self.schedule.shrink_every is not None and obstacle is not None:
-            raise InvalidValueError(f"shrink_every={self.schedule.shrink_every}: {obstacle}; leave it out")
 
     @property
     def config(self) -> dict[str, Any]:

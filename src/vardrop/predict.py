@@ -31,7 +31,8 @@ class noise:
     Args:
         model: a converted model.
         on: ``True`` or ``False`` forces it; ``None`` lets it follow ``model.training`` again.
-        generator: source of the draws from now on; ``None`` for torch's default.
+        generator: source of the draws from now on; ``None`` for torch's default, which alone is wound back where
+            ``torch.utils.checkpoint`` computes a part of a pass again.
 
     Raises:
         InvalidValueError: `on` or `generator` is something else.
