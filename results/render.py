@@ -24,7 +24,8 @@ PICTURES = {
     "`python results/random_labels.py`.",
     "emptying.png": "LeNet-5-Caffe as it empties under sparse variational dropout: the filters of its first layer and "
     "a corner of its dense one ([as an animation](emptying.gif)): `python results/emptying.py runs/emptying`.",
-    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width: `python results/vgg_width.py`.",
+    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width, 20 epochs each, a single seed: "
+    "`python results/vgg_width.py`.",
 }
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 

@@ -1,9 +1,14 @@
 """Error and sparsity of the VGG-like net over its width: python results/vgg_width.py
 
 Draws docs/vgg_width.svg from the short runs of the table bb-1-cifar10 and from the stored runs
-results/vgg-like-*.json, such as vgg-like-0.0625-sparse-vd.json, each made by `vardrop compress vgg-like-0.0625 --data
-uoft-cs/cifar10 ...` with the same schedule and its own factor k on the widths (arXiv:1701.05369, section 5). A method
-is shown that was run at two of them or more.
+results/vgg-like-*.json, of the same schedule, each with its own factor k on the widths (arXiv:1701.05369, section 5).
+A method is shown that was run at two of them or more. Those of k = 0.0625 were made by
+
+vardrop compress vgg-like-0.0625 --data uoft-cs/cifar10 --epochs 20 --method bernoulli-dropout --set rate=0
+    --decay-from 10 --weight-decay 0.0001 --out runs/vgg-like-0.0625-none
+vardrop compress vgg-like-0.0625 --data uoft-cs/cifar10 --epochs 20 --method sparse-vd
+    --pretrained runs/vgg-like-0.0625-none/small --decay-from 0 --warmup-start 2 --warmup-epochs 10
+    --out runs/vgg-like-0.0625-sparse-vd
 """
 
 import json
@@ -25,7 +30,9 @@ def stored(folder: Path = HERE) -> dict[str, list[tuple[float, dict[str, Any]]]]
     for path in (*folder.glob(f"{FAMILY}*.json"), *folder.glob("tables/bb-1-cifar10/*/short-seed-0.json")):
         run = json.loads(path.read_text())
         width = float(run["config"]["net"].removeprefix(FAMILY))
-        found.setdefault(run["config"]["method"]["name"], []).append((width, run))
+        method = run["config"]["method"]
+        name = "no dropout" if method.get("rate") == 0.0 else method["name"]
+        found.setdefault(name, []).append((width, run))
     return {name: sorted(runs, key=lambda run: run[0]) for name, runs in sorted(found.items()) if len(runs) > 1}
 
 
@@ -39,7 +46,9 @@ def draw(runs: dict[str, list[tuple[float, dict[str, Any]]]]) -> Figure:
         shares = [100 * (1 - run["pruned"]["nonzero"] / run["pruned"]["total"]) for _, run in found]
         if any(shares):
             dead.plot(widths, shares, "o-", c=f"C{index}", label=name)
+    widths = sorted({width for found in runs.values() for width, _ in found})
     for axis, label in ((error, "test error, %"), (dead, "dead weights, %")):
+        axis.set_xticks(widths)
         axis.set_xlabel("k, factor on all widths")
         axis.set_ylabel(label)
     error.legend(frameon=False, fontsize=8)
