@@ -129,7 +129,8 @@ def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | No
         x = load_data(spec).test.x
     else:
         name = DATASETS.get(spec, spec)
-        x = _images(name, _tables(name, data_root, "test")["test"])
+        table = _tables(name, data_root, "test")["test"]
+        x = _images(name, table, _column(name, table, "an image", IMAGE_COLUMNS))
     if x.shape[1:] != input_shape:
         raise DataError(f"data {spec!r}: inputs of shape {tuple(x.shape[1:])}, but the net takes {input_shape}")
     return x
@@ -281,28 +282,25 @@ def _from_hub(name: str, data_root: Path | None) -> tuple[Split, ...]:
 
 def _decoded(name: str, table: Any) -> Split:
     """All images of a table with their labels."""
-    label = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
-    if label is None:
-        raise DataError(
-            f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
-            f"({' or '.join(IMAGE_COLUMNS)}) and a label column ({' or '.join(LABEL_COLUMNS)})"
-        )
-    return Split(_images(name, table), _labels(name, table, label))
+    image, label = _column(name, table, "an image", IMAGE_COLUMNS), _column(name, table, "a label", LABEL_COLUMNS)
+    return Split(_images(name, table, image), _labels(name, table, label))
 
 
-def _images(name: str, table: Any) -> Tensor:
+def _column(name: str, table: Any, what: str, known: Sequence[str]) -> str:
+    found = next((column for column in known if column in table.column_names), None)
+    if found is None:
+        columns = ", ".join(table.column_names)
+        raise DataError(f"data {name!r} has the columns {columns}: must have {what} column ({' or '.join(known)})")
+    return found
+
+
+def _images(name: str, table: Any, column: str) -> Tensor:
     """All images of a table as one tensor; decoding takes a while, so the pixels are kept in a cache."""
-    image = next((column for column in IMAGE_COLUMNS if column in table.column_names), None)
-    if image is None:
-        raise DataError(
-            f"data {name!r} has the columns {', '.join(table.column_names)}: must have an image column "
-            f"({' or '.join(IMAGE_COLUMNS)})"
-        )
     cached = _cache_folder() / f"{name.replace('/', '--')}-{table._fingerprint}-{PIXELS}.safetensors"
     try:
         pixels = load_file(cached)["pixels"]
     except (OSError, SafetensorError, KeyError):
-        pixels = _pixels(name, table[image])
+        pixels = _pixels(name, table[column])
         replace_file(cached, lambda path: save_file({"pixels": pixels}, path))
     return pixels.float() / 255.0
 
