@@ -120,7 +120,7 @@ class ELBO:
 
 def _nll_and_extra(learning: list[Site], nll: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Tensor | float]:
     """The mean negative log-likelihood, and what a second pass adds to it if noise among `learning` is adversarial."""
-    found = [site.noise for site in learning if isinstance(site.noise, AdversarialNoise)]
+    found = [site.noise for site in learning if isinstance(site.noise, AdversarialNoise) and site.noise.active]
     if not found:
         return _scalar(nll() if callable(nll) else nll), 0.0
     if not callable(nll):

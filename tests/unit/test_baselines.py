@@ -372,3 +372,10 @@ def test_what_would_live_of_a_net_that_is_pruned_as_it_trains_is_what_lives():
     net = layer(vd.MagnitudePruning(sparsity=0.75, start=1, every=1, rounds=2), [0.1, -0.4, 0.3, -0.2])
     assert [would_live(net).alive, step(net, 1), would_live(net).alive] == [4, None, 2]
     assert vd.prune(net).alive == 1
+
+
+def test_adversarial_dropout_whose_noise_is_off_has_no_second_pass():
+    net = vd.convert(nn.Linear(6, 3), vd.AdversarialDropout())
+    vd.noise(net, on=False)
+    elbo, nll = vd.ELBO(num_data=5), net(torch.randn(5, 6)).square().mean()
+    assert elbo(net, nll) == elbo(net, lambda: nll) == nll
