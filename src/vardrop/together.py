@@ -104,7 +104,7 @@ def why_alone(schedule: Schedule, methods: Iterable[Method]) -> str | None:
     if schedule.shrink_every is not None:
         return "each net would shrink to sizes of its own"
     for method in methods:
-        if type(method).step is not Method.step:
+        if method.steps:
             return f"{type(method).__name__} looks at its net before each step"
     return None
 

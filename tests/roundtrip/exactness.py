@@ -25,6 +25,14 @@ def randomised(model):
     return model.eval()
 
 
+class TwoLayers(nn.Module):
+    """Two dense layers; what is done with them is up to the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+
 class TwoHeads(nn.Module):
     """A net with a head that runs in training alone."""
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from exactness import TwoHeads, assert_same, parameters, randomised
+from exactness import TwoHeads, TwoLayers, assert_same, parameters, randomised
 from test_gated import METHODS, NETS, lenet
 from test_recurrent_cuts import KINDS, WORDS, Tagger
 from torch import nn
@@ -397,12 +397,11 @@ def test_several_optimisers_are_cut_together_and_one_alone_is_refused():
     assert own.state[net[0].weight]["exp_avg"].shape == (3, 4)
 
 
-class Functional(nn.Module):
+class Functional(TwoLayers):
     """Reads the weight of its first layer by hand, its noise passed over, and adds a buffer."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
         self.register_buffer("shift", torch.randn(2))
 
     def forward(self, x):

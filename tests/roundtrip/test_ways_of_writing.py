@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from exactness import check, ignore, kill, parameters, randomised
+from exactness import TwoLayers, check, ignore, kill, parameters, randomised
 from torch import nn
 from torch.nn import functional as F
 
@@ -248,12 +248,11 @@ def test_a_layer_known_under_two_names_is_cut_once():
     assert small.out.bias is not None
 
 
-class Counting(nn.Module):
+class Counting(TwoLayers):
     """Its passes leave traces: a running mean of what it saw, in eval mode too, and the last output."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("seen", torch.zeros(()))
 
@@ -275,12 +274,11 @@ def test_what_a_pass_leaves_behind_is_not_in_the_small_net():
     torch.testing.assert_close(small(x), model(x))
 
 
-class Scaled(nn.Module):
+class Scaled(TwoLayers):
     """Multiplies by a number that it reads from a tensor."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
         self.register_buffer("scale", torch.tensor(2.0))
 
     def forward(self, x):
@@ -294,12 +292,8 @@ def test_a_number_read_from_a_tensor_may_multiply_units():
     assert small.first.out_features == 4
 
 
-class Collecting(nn.Module):
+class Collecting(TwoLayers):
     """Begins with an empty tensor, which torch passes over."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
 
     def forward(self, x):
         return self.second(torch.cat([torch.tensor([]).to(x), self.first(x).relu()], 1))
@@ -334,11 +328,7 @@ def test_a_net_of_several_types_is_held_to_the_rounding_of_its_coarsest():
     torch.testing.assert_close(small(x), model(x), rtol=0.0, atol=1e-2)
 
 
-class Autocast(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
-
+class Autocast(TwoLayers):
     def forward(self, x):
         with torch.autocast("cpu", torch.bfloat16):
             return self.second(self.first(x).sigmoid())

@@ -99,6 +99,11 @@ class Method:
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
         """What a baseline does once for each training loss, such as moving its mask; `epoch` counts from 0."""
 
+    @property
+    def steps(self) -> bool:
+        """Whether it does anything for each training loss, so that marks move as training goes."""
+        return type(self).step is not Method.step
+
     def learning_rates(self, noise: Noise) -> dict[str, float]:
         """Learning rates, by name, of those parameters of the noise that have one of their own."""
         return {}

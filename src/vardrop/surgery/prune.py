@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.errors import EmptyLayerWarning, InvalidValueError
-from vardrop.methods import Method
 from vardrop.sites import Site, sites, sites_of_converted
 
 
@@ -133,7 +132,7 @@ def would_live(model: nn.Module) -> Pruned:
     """
     masks: dict[Site, Tensor | None] = {}
     for site in sites(model):
-        if site.noise.mask is not None and type(site.method).step is not Method.step:
+        if site.noise.mask is not None and site.method.steps:
             masks[site] = site.noise.mask
             continue
         scores = site.method.score(site.noise, site.weight)

@@ -143,7 +143,7 @@ def _check_training(plain: nn.Module, arguments: tuple[Any, ...]) -> None:
 def why_whole(method: Method) -> str | None:
     """Why a net under `method` cannot shrink while it trains; ``None`` where it can."""
     own = type(method).__name__
-    if type(method).step is not Method.step:
+    if method.steps:
         return f"{own} moves its marks itself while it trains, so no unit is dead for good"
     if method.by_ensemble:
         return f"{own} holds what it knows in variances, so no unit is dead by its mean"
