@@ -76,7 +76,7 @@ def predict(
         model: returns logits ``(N, classes, *)``.
         x: one batch of inputs, or a tuple with the arguments of the model's forward.
         samples: number of draws, above 0.
-        generator: source of the draws.
+        generator: source of the draws; by default that of :class:`vardrop.noise`, or torch's.
 
     Returns:
         Probabilities of the shape of the logits, in float32 or better; they sum to one over dimension 1.
@@ -112,7 +112,7 @@ def draws(
         model: returns a tensor ``(N, *)``.
         x: one batch of inputs, or a tuple with the arguments of the model's forward.
         samples: number of draws, above 0.
-        generator: source of the draws.
+        generator: source of the draws; by default that of :class:`vardrop.noise`, or torch's.
 
     Raises:
         InvalidValueError: `samples` is below 1, or the model returns something else than a tensor.
@@ -128,7 +128,10 @@ def draws(
 @contextmanager
 def _noisy_eval(model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
     """All of `model` in eval mode but its noise, and no gradients; modes and noise switches come back at the end."""
-    with in_eval_mode(model), torch.no_grad(), noise(model, on=True, generator=generator):
+    with in_eval_mode(model), torch.no_grad(), noise(model, on=True, generator=generator) as switch:
+        if generator is None:
+            for module, _, own in switch._before:
+                module.generator = own
         yield
 
 

@@ -253,6 +253,14 @@ def test_predict_is_the_mean_of_the_probabilities_of_the_same_draws(case):
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
+def test_the_generator_of_the_switch_serves_where_none_is_given():
+    net, x, _ = converted("local")
+    vd.noise(net, None, generator=torch.Generator().manual_seed(5))
+    found = vd.predict(net, x, samples=3)
+    assert torch.equal(found, vd.predict(net, x, samples=3, generator=torch.Generator().manual_seed(5)))
+    assert not torch.equal(found, vd.predict(net, x, samples=3))
+
+
 def test_modes_switches_generators_and_statistics_come_back_even_after_an_error():
     net, x, _ = converted("local")
     net.train()
