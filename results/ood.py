@@ -74,8 +74,9 @@ def page(stored: dict[str, Any]) -> str:
         "Error, negative log-likelihood, Brier score and expected calibration error (15 bins, arXiv:1706.04599) are "
         "those of the test data. AUROC is the chance that a strange input looks less certain than one of the test data "
         "(arXiv:1610.02136), by the entropy of the prediction or by the mutual information of label and weights, which "
-        "only an ensemble has. Deterministic is one pass at the means of the weights; nothing was tuned on these "
-        f"figures. Torch {stored['torch']}.\n\n"
+        "only an ensemble has. Deterministic is one pass with the noise at its mean; nothing was tuned on these "
+        "figures. The runs differ in net and schedule too, as listed below, so that rows of different runs do not rank "
+        f"the methods. Torch {stored['torch']}.\n\n"
         f"{table(stored)}\n![Uncertainty on the test data and on strange inputs]({PICTURE})\n\n## The runs\n\n"
         + "\n".join(runs)
         + "\n"

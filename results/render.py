@@ -20,12 +20,12 @@ PICTURES = {
     "each class, and how alike the classes are to them (arXiv:1805.10896, figures 2 and 4): "
     "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`.",
     "random_labels.svg": "What is learned by heart from labels that mean nothing (arXiv:1701.05369): the paper's "
-    "dropout memorises them all, given time; sparse variational dropout throws its weights away: "
-    "`python results/random_labels.py`.",
+    "dropout memorises them all, given more time than these runs had; sparse variational dropout throws its weights "
+    "away: `python results/random_labels.py`.",
     "emptying.png": "LeNet-5-Caffe as it empties under sparse variational dropout: the filters of its first layer and "
     "a corner of its dense one ([as an animation](emptying.gif)): `python results/emptying.py runs/emptying`.",
-    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width, 20 epochs each, a single seed: "
-    "`python results/vgg_width.py`.",
+    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width, a single seed; 20 epochs without noise, "
+    "and as many again of the method, which starts from that net: `python results/vgg_width.py`.",
 }
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 

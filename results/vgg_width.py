@@ -1,8 +1,9 @@
 """Error and sparsity of the VGG-like net over its width: python results/vgg_width.py
 
 Draws docs/vgg_width.svg from the short runs of the table bb-1-cifar10 and from the stored runs
-results/vgg-like-*.json, of the same schedule, each with its own factor k on the widths (arXiv:1701.05369, section 5).
-A method is shown that was run at two of them or more. Those of k = 0.0625 were made by
+results/vgg-like-*.json, for each method of the same schedule, each with its own factor k on the
+widths (arXiv:1701.05369, section 5). A method is shown that was run at two of them or more. Those of k = 0.0625 were
+made by
 
 vardrop compress vgg-like-0.0625 --data uoft-cs/cifar10 --epochs 20 --method bernoulli-dropout --set rate=0
     --decay-from 10 --weight-decay 0.0001 --out runs/vgg-like-0.0625-none
@@ -40,7 +41,8 @@ def draw(runs: dict[str, list[tuple[float, dict[str, Any]]]]) -> Figure:
     """Test error on the left; on the right the share of dead weights, of methods that have any."""
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     error, dead = figure.subplots(1, 2)
-    for index, (name, found) in enumerate(runs.items()):
+    for index, (method, found) in enumerate(runs.items()):
+        name = f"{method}, after no dropout" if any(run["config"].get("pretrained") for _, run in found) else method
         widths = [width for width, _ in found]
         error.plot(widths, [100 * run["pruned"]["error"] for _, run in found], "o-", c=f"C{index}", label=name)
         shares = [100 * (1 - run["pruned"]["nonzero"] / run["pruned"]["total"]) for _, run in found]

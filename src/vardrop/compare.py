@@ -135,13 +135,13 @@ def _check(
     repeats: int,
     engines: Sequence[Engine],
 ) -> None:
-    if any(number < 1 for number in (*batch_sizes, *threads, repeats)):
+    if any(not isinstance(number, int) or number < 1 for number in (*batch_sizes, *threads, repeats)):
         raise InvalidValueError(
-            f"batch_sizes={tuple(batch_sizes)}, threads={tuple(threads)}, repeats={repeats}: must all be at least 1"
+            f"batch_sizes={tuple(batch_sizes)}, threads={tuple(threads)}, repeats={repeats}: must all be whole "
+            "numbers, at least 1"
         )
-    for engine in engines:
-        if engine not in get_args(Engine):
-            raise InvalidValueError(f"engines={tuple(engines)}: must be among {', '.join(get_args(Engine))}")
+    if isinstance(engines, str) or not set(engines) <= set(get_args(Engine)):
+        raise InvalidValueError(f"engines={engines!r}: must be a list out of {', '.join(get_args(Engine))}")
 
 
 def _sizes(nets: dict[str, nn.Module], example: tuple[Tensor, ...]) -> list[Figure]:
@@ -211,7 +211,7 @@ def onnx_call(path: Path, inputs: Inputs, *, threads: int = 1) -> Callable[[], o
     options.intra_op_num_threads = threads
     runner: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-    feed = {slot.name: x.cpu().numpy() for slot, x in zip(runner.get_inputs(), tensors, strict=True)}
+    feed = {slot.name: x.detach().cpu().numpy() for slot, x in zip(runner.get_inputs(), tensors, strict=True)}
     return lambda: runner.run(None, feed)
 
 

@@ -104,7 +104,7 @@ class ELBO:
             )
         nll, extra = _nll_and_extra(learning, nll)
         for site in learning:
-            site.method.step(site.noise, site.weight, max(self.epoch, 0))
+            site.method.step(site.noise, site.weight, self.epoch)
         total = kl_at(model, found)
         self.nll, self.kl = nll.detach(), total.detach()
         return nll + extra + total * (self.beta / self.num_data)

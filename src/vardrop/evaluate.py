@@ -28,9 +28,6 @@ PICTURE = "evaluation.png"
 MEASURES = {"entropy": "predictive_entropy", "mutual_information": "mutual_information"}
 HISTOGRAM_BINS = 40
 ONE_DRAW = "one draw"
-ONE_PASS = (figures.SMALL, figures.PRUNED, ONE_DRAW)
-"""The ways to predict in which no two draws can disagree."""
-
 Predictions = Callable[[Tensor], dict[str, Tensor]]
 """Gives the log probabilities ``(draws, N, classes, *)`` of a batch by each way to predict."""
 
@@ -38,6 +35,10 @@ Predictions = Callable[[Tensor], dict[str, Tensor]]
 def ensemble_of(samples: int) -> str:
     """What the ensemble of so many draws is called among the ways to predict."""
     return f"ensemble of {samples} draws"
+
+
+ONE_PASS = (figures.SMALL, figures.PRUNED, ONE_DRAW, ensemble_of(1))
+"""The ways to predict in which no two draws can disagree."""
 
 
 def load_small(folder: Path, data: Data) -> nn.Module:

@@ -37,7 +37,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
     Raises:
         InvalidValueError: `example_inputs` holds something else than tensors with a batch dimension.
         ConversionError: the noise of the model is switched on, the model does not run on such inputs (or on a batch
-            one longer), or torch cannot export it.
+            one longer) or gives NaN there, or torch cannot export it.
         GraphError: a weight with noise is used outside its layer too, so that no plain model computes the same.
         StorageError: onnxruntime does not take the file or gives other outputs, or the file cannot be written.
         MissingExtraError: the extra ``onnx`` is not installed.
@@ -54,7 +54,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("export to ONNX", "onnx") from error
-    inputs = as_batch(example_inputs)
+    inputs = tuple(x.detach() for x in as_batch(example_inputs))
     if any(site.noise.on for site in sites(model)):
         raise ConversionError("the noise of the model is switched on: call vardrop.noise(model, on=None) before export")
     plain = plain_copy(model, inputs).eval()
@@ -87,9 +87,14 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     try:
         with torch.no_grad():
-            return [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
-    except (RuntimeError, TypeError) as error:
+            found = [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
+    except Exception as error:
         raise ConversionError(does_not_run(model, inputs, error)) from error
+    if any(bool(output.isnan().any()) for output in found):
+        raise ConversionError(
+            f"{type(model).__name__} gives NaN on the example inputs, by which no export can be checked: give others"
+        )
+    return found
 
 
 def _names(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str] | None:
@@ -125,4 +130,10 @@ def _differences(runner: Any, inputs: tuple[Tensor, ...], expected: list[Tensor]
     found = [torch.as_tensor(output).double() for output in runner.run(None, feed)]
     if [output.shape for output in found] != [output.shape for output in expected]:
         return [math.inf]
-    return [float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, expected, strict=True)]
+    return [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    largest = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.ones(())
+    apart = torch.where(found == expected, 0.0, (found - expected).abs())  # two infinities are alike
+    return float(apart.max() / largest.clamp_min(1.0)) if apart.numel() else 0.0

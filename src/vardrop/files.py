@@ -69,6 +69,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise StorageError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(run, dict) or "config" not in run:
+        raise StorageError(
+            f"{path} is no record of a run: {folder} must be the folder of a finished `vardrop compress`"
+        )
     return run
 
 

@@ -324,7 +324,7 @@ def _square_backward(x: Tensor, gradient: Tensor) -> Tensor:
 def _weigh_forward(method: Priced, clip: float | None, dtype: torch.dtype) -> Callable[..., Any]:
     def forward(mean: Tensor, log_std: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         variance = torch.exp(-log_std).reciprocal().square()  # the divergences need the same exponential
-        noisy = None if clip is None else mean * (mean.square() > math.exp(-clip) * variance)
+        noisy = None if clip is None else mean * (at_least_float32(mean).square() > math.exp(-clip) * variance)
         price = method.divergence(mean, log_std)
         if mask is not None:
             noisy, variance, price = (mean if noisy is None else noisy) * mask, variance * mask, price * mask
@@ -347,7 +347,7 @@ def _weigh_backward(method: Priced, clip: float | None) -> Callable[..., Any]:
         if mask is not None:
             by_mean, by_variance, price = by_mean * mask, by_variance * mask, price * mask
         if clip is not None:
-            by_mean = by_mean * (mean.square() > math.exp(-clip) * variance)
+            by_mean = by_mean * (at_least_float32(mean).square() > math.exp(-clip) * variance)
         price_by_mean, price_by_log_std = price_vjp(price)
         into.copy_(by_mean + price_by_mean)
         return 2.0 * by_variance * variance + price_by_log_std

@@ -59,8 +59,9 @@ def local_sample(
 ) -> Tensor:
     """One draw of the output by local reparameterisation (arXiv:1506.02557, section 2.3).
 
-    Exact for a linear map, with fresh weights for each example. For a convolution the positions of one channel share
-    the kernel, and their covariance is set to zero, as everybody does; :func:`weight_sample` keeps it.
+    Exact for a linear map, with fresh weights for each row of its input, so positions of a sequence each have their
+    own. For a convolution the positions of one channel share the kernel, and their covariance is set to zero, as
+    everybody does; :func:`weight_sample` keeps it.
     """
     output_mean, output_variance = output_moments(operation, x, mean, variance, bias)
     std = (output_variance + VARIANCE_FLOOR).sqrt()

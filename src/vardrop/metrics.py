@@ -78,7 +78,8 @@ def nll(log_probabilities: Tensor, y: Tensor) -> Tensor:
     """Negative log-likelihood of each label, ``(N, *)``, nats; infinite where a label was thought impossible.
 
     Raises:
-        InvalidValueError: a label is no class; torch's -100 for "leave out" is none either.
+        InvalidValueError: a label is no class; torch's -100 for "leave out" is none either. Or the log probabilities
+            are none, as logits are.
 
     >>> vd.metrics.nll(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
     tensor([0.6931])
@@ -91,7 +92,7 @@ def brier(log_probabilities: Tensor, y: Tensor) -> Tensor:
     """Squared distance of the probabilities from the label, summed over classes, ``(N, *)``; between 0 and 2.
 
     Raises:
-        InvalidValueError: a label is no class.
+        InvalidValueError: a label is no class, or the log probabilities are none, as logits are.
 
     Source: Brier, "Verification of forecasts expressed in terms of probability", 1950.
 
@@ -111,6 +112,7 @@ def _labels(y: Tensor, log_probabilities: Tensor) -> Tensor:
             f"labels of shape {tuple(y.shape)} for log-probabilities of shape {tuple(shape)}: must be (N, *) for "
             "(N, classes, *)"
         )
+    uncertainty.check_log_probabilities(log_probabilities, dim=1)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise InvalidValueError(f"labels of type {y.dtype}: must be whole numbers, the classes")
     y = y.long()
@@ -130,7 +132,8 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) 
 
     Raises:
         MissingExtraError: the extra ``metrics`` is not installed.
-        InvalidValueError: a confidence is outside [0, 1], or `bins` is below 1.
+        InvalidValueError: a confidence is outside [0, 1], there are none or not as many as `correct`, or `bins` is no
+            whole number above 0.
 
     Source: arXiv:1706.04599, equation 3, computed by torchmetrics.
 
@@ -140,26 +143,26 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) 
     need()
     from torchmetrics.functional.classification import binary_calibration_error
 
-    found = binary_calibration_error(_binnable(confidence, bins), correct.flatten().long(), n_bins=bins, norm="l1")
-    return float(found)
+    confidence, correct = _binnable(confidence, correct, bins)
+    return float(binary_calibration_error(confidence, correct.long(), n_bins=bins, norm="l1"))
 
 
 def reliability(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Reliability:
     """The reliability diagram behind :func:`calibration_error`.
 
     Raises:
-        InvalidValueError: a confidence is outside [0, 1], or `bins` is below 1.
+        InvalidValueError: as :func:`calibration_error`.
 
     Source: arXiv:1706.04599, section 2.
 
     >>> vd.metrics.reliability(torch.tensor([0.9, 0.8]), torch.tensor([True, False]), bins=2).accuracy
     tensor([0.0000, 0.5000], dtype=torch.float64)
     """
-    confidence = _binnable(confidence, bins)
+    confidence, correct = _binnable(confidence, correct, bins)
     edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64, device=confidence.device)
     index = torch.bucketize(confidence, edges, right=True) - 1
     counts = torch.bincount(index, minlength=bins)
-    sums = (torch.bincount(index, each.double().flatten(), minlength=bins) for each in (confidence, correct))
+    sums = (torch.bincount(index, each.double(), minlength=bins) for each in (confidence, correct))
     return Reliability(counts, *(each / counts.clamp_min(1) for each in sums))
 
 
@@ -201,11 +204,17 @@ def need() -> None:
         raise MissingExtraError("calibration error and area under the ROC curve", "metrics") from error
 
 
-def _binnable(confidence: Tensor, bins: int) -> Tensor:
-    """In float64 and below 1, so that certainty falls into the last bin rather than into one of its own."""
-    if bins < 1:
-        raise InvalidValueError(f"bins={bins}: must be at least 1")
-    confidence = confidence.double().flatten()
+def _binnable(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Both flat, the first in float64 and below 1, so that certainty falls into the last bin, not one of its own."""
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise InvalidValueError(f"bins={bins!r}: must be a whole number, at least 1")
+    confidence, correct = confidence.double().flatten(), correct.flatten()
+    if not len(confidence) or len(correct) != len(confidence):
+        raise InvalidValueError(
+            f"{len(confidence)} confidences, {len(correct)} marks of what is correct: must be as many, and at least one"
+        )
+    if not bool(((correct == 0) | (correct == 1)).all()):
+        raise InvalidValueError("correct: must be true or false for each prediction")
     if not bool(((confidence >= 0.0) & (confidence <= 1.0 + uncertainty.ROUNDING)).all()):
         raise InvalidValueError("confidence: must lie in [0, 1]")
-    return confidence.clamp_max(1.0 - torch.finfo(torch.float64).eps)
+    return confidence.clamp_max(1.0 - torch.finfo(torch.float64).eps), correct

@@ -123,6 +123,12 @@ def why_apart(nets: Sequence[nn.Module], schedules: Sequence[Schedule], x: Tenso
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in nets]
     if any(other != shapes[0] for other in shapes):
         return "their nets have different shapes"
+    learning = [{name for name, parameter in net.named_parameters() if parameter.requires_grad} for net in nets]
+    if any(other != learning[0] for other in learning):
+        return "not the same parameters learn in them"
+    methods = [{site.name: site.method for site in sites(net)} for net in nets]
+    if any(other != methods[0] for other in methods):
+        return "their methods differ"
     found = list(sites(nets[0]))
     if (obstacle := why_alone(schedules[0], [site.method for site in found])) is not None:
         return obstacle
@@ -304,7 +310,7 @@ class _Stack:
     def clip(self, bound: float) -> None:
         """Scales each member's gradient to a norm of at most `bound`."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])
+        squares = torch.stack([gradient.reshape(len(gradient), -1).square().sum(dim=1) for gradient in gradients])
         factor = (bound / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))

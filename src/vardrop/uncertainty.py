@@ -16,6 +16,9 @@ from vardrop.errors import InvalidValueError
 from vardrop.lrt import at_least_float32
 
 ROUNDING = 1e-3
+"""How far above 0 the log of a probability may come by rounding."""
+SUM_ROUNDING = 0.05
+"""How far from 1 the probabilities of all classes may sum, each rounded to bfloat16."""
 
 
 def predictive_log_probabilities(log_probabilities: Tensor) -> Tensor:
@@ -150,15 +153,43 @@ def _checked(log_probabilities: Tensor) -> Tensor:
         raise InvalidValueError(
             f"log_probabilities have the shape {shape}: must be (samples, N, classes, *), not empty"
         )
-    largest = float(log_probabilities.max())
-    if not largest <= ROUNDING:
-        raise InvalidValueError(f"log_probabilities hold {largest:.4g}: must be logs of probabilities, so at most 0")
+    check_log_probabilities(log_probabilities, dim=2)
     return at_least_float32(log_probabilities)
 
 
+def check_log_probabilities(log_probabilities: Tensor, *, dim: int) -> None:
+    """Raises unless they are logs of probabilities that sum to one over dimension `dim`, as far as rounding lets them.
+
+    Raises:
+        InvalidValueError: they are something else, such as logits.
+    """
+    if log_probabilities.numel() == 0:
+        return
+    largest = float(log_probabilities.max())
+    if not largest <= ROUNDING:
+        raise InvalidValueError(f"log_probabilities hold {largest:.4g}: must be logs of probabilities, so at most 0")
+    sums = at_least_float32(log_probabilities).logsumexp(dim=dim).exp()
+    astray = sums[(sums - 1.0).abs() > SUM_ROUNDING]
+    if astray.numel():
+        raise InvalidValueError(
+            f"log_probabilities are those of probabilities that sum to {float(astray[0]):.4g} over the classes: must "
+            f"sum to 1, as logits do after log_softmax(dim={dim})"
+        )
+
+
 def _gaussians(means: Tensor, noise_variance: Tensor | float) -> tuple[Tensor, Tensor]:
+    if means.dim() < 1 or len(means) < 1:
+        raise InvalidValueError(
+            f"means have the shape {tuple(means.shape)}: must be (samples, N, *), at least one draw"
+        )
     means = at_least_float32(means)
     noise = torch.as_tensor(noise_variance, dtype=means.dtype, device=means.device)
     if not bool(((noise > 0.0) & noise.isfinite()).all()):
         raise InvalidValueError(f"noise_variance={noise_variance}: must be above 0 and finite")
-    return means, noise.expand_as(means)
+    try:
+        return means, noise.expand_as(means)
+    except RuntimeError as error:
+        raise InvalidValueError(
+            f"noise_variance has the shape {tuple(noise.shape)}: must be broadcastable to that of means, "
+            f"{tuple(means.shape)}"
+        ) from error

@@ -117,8 +117,22 @@ def test_what_is_no_log_probability_is_refused():
         U.predictive_entropy(torch.full((3, 4), 0.25).log())
     with pytest.raises(InvalidValueError, match="logs of probabilities"):
         U.mutual_information(torch.full((2, 3, 4), math.nan))
+    with pytest.raises(InvalidValueError, match=r"sum to 0\.25 over the classes: must sum to 1"):
+        U.mutual_information(torch.full((2, 3, 4), 1 / 16).log())
+    for wrong in (M.nll, M.brier):
+        with pytest.raises(InvalidValueError, match="logs of probabilities"):
+            wrong(torch.tensor([[3.0, -1.0]]), torch.tensor([0]))
+        with pytest.raises(InvalidValueError, match="must sum to 1"):
+            wrong(torch.tensor([[-3.0, -1.0]]), torch.tensor([0]))
+
+
+def test_draws_of_a_regression_that_do_not_fit_are_refused():
     with pytest.raises(InvalidValueError, match="shape of a draw|that of a draw"):
         U.regression_log_likelihood(torch.zeros(2, 3), 1.0, torch.zeros(2))
+    with pytest.raises(InvalidValueError, match=r"means have the shape \(0, 3\): must be .* at least one draw"):
+        U.regression_moments(torch.zeros(0, 3), 1.0)
+    with pytest.raises(InvalidValueError, match=r"noise_variance has the shape \(2,\): must be broadcastable"):
+        U.regression_moments(torch.zeros(4, 3), torch.ones(2))
 
 
 @pytest.mark.parametrize("more", [(), (3,)])
@@ -172,8 +186,16 @@ def test_confidences_that_are_none_are_refused():
         for metric in (M.calibration_error, M.reliability):
             with pytest.raises(InvalidValueError, match="confidence"):
                 metric(confidence, torch.tensor([True]))
-    with pytest.raises(InvalidValueError, match="bins=0"):
-        M.reliability(torch.tensor([0.5]), torch.tensor([True]), bins=0)
+    for bins in (0, 2.5):
+        with pytest.raises(InvalidValueError, match=f"bins={bins}"):
+            M.reliability(torch.tensor([0.5]), torch.tensor([True]), bins=bins)
+    for metric in (M.calibration_error, M.reliability):
+        with pytest.raises(InvalidValueError, match="0 confidences, 0 marks"):
+            metric(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        with pytest.raises(InvalidValueError, match="1 confidences, 2 marks"):
+            metric(torch.tensor([0.5]), torch.tensor([True, False]))
+        with pytest.raises(InvalidValueError, match="true or false"):
+            metric(torch.tensor([0.5]), torch.tensor([0.7]))
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1e-9, 0.0), (50.0, -20.0)])

@@ -264,6 +264,13 @@ def test_make_method_reads_numbers_words_truth_and_none():
             make_method("vbd", [bad])
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"other": 1}'])
+def test_a_foreign_record_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(StorageError, match="is no record of a run: .* must be the folder of a finished"):
+        read_run(tmp_path)
+
+
 def test_a_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(StorageError, match="not readable JSON"):

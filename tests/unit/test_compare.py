@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
+from vardrop import compare
 from vardrop.compare import Figure, Measured, onnx_call
 from vardrop.errors import InvalidValueError, MissingExtraError
 from vardrop.files import size_on_disk
@@ -55,6 +56,13 @@ def test_the_latency_of_both_is_taken_at_each_batch_size_and_number_of_threads()
     assert all(found[name].original > 0 and found[name].small > 0 for name in names)
 
 
+def test_each_latency_is_told_of_its_own_net(monkeypatch):
+    seconds = {"original": 2.0, "small": 1.0}
+    monkeypatch.setattr(compare, "latencies", lambda calls, *_, **__: {name: seconds[name] for name in calls})
+    found = vd.measure(mlp(6, 5, 3), mlp(6, 2, 3), example_inputs=torch.randn(1, 6), batch_sizes=(1,), threads=(1,))
+    assert found["seconds, torch, batch 1, threads 1"] == Figure("seconds, torch, batch 1, threads 1", 2.0, 1.0)
+
+
 def test_a_converted_model_is_measured_as_its_plain_form_and_left_as_it_is():
     original = mlp(6, 5, 3)
     net = vd.convert(mlp(6, 5, 3), vd.ARD())
@@ -65,7 +73,11 @@ def test_a_converted_model_is_measured_as_its_plain_form_and_left_as_it_is():
     assert len(list(vd.sites(net))) == 2
 
 
-def test_onnxruntime_is_timed_where_asked_for():
+def test_onnxruntime_is_timed_where_asked_for(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        compare, "onnx_call", lambda path, *told, **named: called.append((path.stem, named)) or (lambda: None)
+    )
     found = vd.measure(
         mlp(6, 5, 3),
         mlp(6, 2, 3),
@@ -77,7 +89,7 @@ def test_onnxruntime_is_timed_where_asked_for():
     )
     names = [figure.name for figure in found.figures if figure.name.startswith("seconds")]
     assert names == [f"seconds, onnxruntime, batch {size}, threads 1" for size in (1, 3)]
-    assert all(found[name].small > 0 for name in names)
+    assert called == [(name, {"threads": 1}) for _ in range(2) for name in ("original", "small")]
 
 
 def test_an_onnx_file_is_called_on_the_inputs_given(tmp_path):
@@ -103,10 +115,14 @@ def test_the_table_and_the_record_say_the_same():
 
 def test_what_cannot_be_measured_is_refused():
     net, x = mlp(6, 5, 3), torch.randn(1, 6)
-    with pytest.raises(InvalidValueError, match=r"engines=\('tensorrt',\): must be among torch, onnxruntime"):
+    with pytest.raises(InvalidValueError, match=r"engines=\('tensorrt',\): must be a list out of torch, onnxruntime"):
         vd.measure(net, net, example_inputs=x, engines=("tensorrt",))
     with pytest.raises(InvalidValueError, match=r"batch_sizes=\(0,\), threads=\(1, 2\), repeats=200: must all be"):
         vd.measure(net, net, example_inputs=x, batch_sizes=(0,))
+    with pytest.raises(InvalidValueError, match=r"batch_sizes=\(1\.5,\)"):
+        vd.measure(net, net, example_inputs=x, batch_sizes=(1.5,))
+    with pytest.raises(InvalidValueError, match="engines='torch': must be a list"):
+        vd.measure(net, net, example_inputs=x, engines="torch")
     with pytest.raises(InvalidValueError, match="must be a tensor or a tuple of tensors"):
         vd.measure(net, net, example_inputs=torch.zeros(0, 6))
     with pytest.raises(InvalidValueError, match="example_inputs=int: must be a tensor or a tuple of tensors"):

@@ -84,6 +84,15 @@ def test_a_warm_up_whose_first_epoch_has_not_begun_is_refused_in_training_alone(
     assert elbo(model, torch.ones(())) == 1.0
 
 
+def test_pruning_by_the_epoch_needs_one_that_has_begun():
+    model = vd.convert(nn.Linear(4, 2), vd.MagnitudePruning(start=0))
+    elbo = vd.ELBO(num_data=1)
+    with pytest.raises(InvalidValueError, match=r"MagnitudePruning prunes by the epoch, and none has begun: call elbo"):
+        elbo(model, torch.ones(()))
+    elbo.step_epoch()
+    elbo(model, torch.ones(()))
+
+
 def test_predict_averages_probabilities_with_batch_norm_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     vd.convert(model, vd.ARD(init_log_std=-1.0)).train()

@@ -143,6 +143,23 @@ def test_differences_are_relative_and_see_shapes_and_numbers_that_are_none():
     assert export._differences(Session(torch.tensor([200.0, 1.0])), (), expected) == [float("inf")]
 
 
+def test_equal_infinities_are_no_difference():
+    expected = [torch.tensor([-torch.inf, 2.0]).double(), torch.zeros(0).double()]
+    assert export._differences(Session(torch.tensor([-torch.inf, 2.0]), torch.zeros(0)), (), expected) == [0, 0]
+    found = export._differences(Session(torch.tensor([-torch.inf, 3.0]), torch.zeros(0)), (), expected)
+    assert found == [0.5, 0]
+
+
+def test_examples_may_require_gradients(tmp_path):
+    vd.export_onnx(nn.Linear(4, 2), tmp_path / "net.onnx", torch.randn(3, 4, requires_grad=True))
+    assert (tmp_path / "net.onnx").exists()
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        return self.missing(x)
+
+
 class Fixed(nn.Module):
     def __init__(self, batch):
         super().__init__()
@@ -162,9 +179,11 @@ class Branching(nn.Module):
     [
         (Fixed(3), r"Fixed does not run on inputs of shape \(4, 4\).*|torch cannot export Fixed to ONNX"),
         (Branching(), "torch cannot export Branching to ONNX: .*data-dependent"),
+        (Broken(), r"Broken does not run on inputs of shape \(3, 4\): .*missing"),
+        (nn.Sequential(nn.ReLU(), nn.Threshold(1e9, torch.nan)), "Sequential gives NaN on the example inputs"),
         (nn.Linear(5, 2), r"Linear does not run on inputs of shape \(3, 4\): mat1 and mat2"),
     ],
-    ids=["fixed-batch", "data-dependent", "wrong-example"],
+    ids=["fixed-batch", "data-dependent", "broken", "nan", "wrong-example"],
 )
 def test_models_that_cannot_be_exported_are_told_why(tmp_path, model, message):
     with pytest.raises(ConversionError, match=message):

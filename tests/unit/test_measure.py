@@ -257,3 +257,18 @@ def test_a_frozen_part_keeps_its_mode_where_a_net_is_only_looked_at():
 def test_a_net_that_does_not_run_on_the_inputs_is_named():
     with pytest.raises(InvalidValueError, match=r"Linear does not run on inputs of shape \(1, 7\)"):
         flops(nn.Linear(3, 2), torch.ones(1, 7))
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return self.missing(x)
+
+    with pytest.raises(InvalidValueError, match=r"Wrong does not run on inputs of shape \(1, 7\): .*missing"):
+        flops(Wrong(), torch.ones(1, 7))
+
+
+def test_flops_of_products_with_a_vector_are_counted():
+    class Vectors(nn.Module):
+        def forward(self, x, v):
+            return x @ v + torch.addmv(v[:1], x, v) * (v @ v)
+
+    assert flops(Vectors(), (torch.ones(3, 5), torch.ones(5))) == 2 * (15 + 15 + 5)

@@ -207,8 +207,10 @@ def test_finished_cells_are_not_run_again_and_the_pages_stay_as_they_are(made, m
         raise AssertionError("a finished cell was started")
 
     monkeypatch.setattr(runner, "_process", refuse)
-    for seeds in (1, 0):
-        assert vardrop("reproduce", "own", *options[:-1], seeds).returncode == 0
+    unstored = [*options[:4], *options[6:]]
+    assert "--store" in options and "--store" not in unstored
+    for told in (options, unstored, [*options[:-1], 0]):
+        assert vardrop("reproduce", "own", *told).returncode == 0
         after = (root / "out" / "own" / "table.md").read_text(), (root / "out" / "own" / "table.html").read_text()
         assert after == before
     listed = vardrop("reproduce", "--list", *options)

@@ -227,7 +227,10 @@ def test_bad_options_are_refused(options, message):
         ("units", (784.0, 90.0), None, (784, 100), None, "better"),
         ("units", (784.0, 110.0), None, (784, 100), None, "short by 10"),
         ("units", (784.0, 110.0, 3.0), None, (784, 100), None, ""),
+        ("units", (784.0, 110.0), 12.0, (784, 100), None, "within"),
         ("sparsity_per_layer", (10.0,), None, (90.0,), None, ""),
+        ("train_accuracy", 12.0, None, 100, None, "off by 88"),
+        ("train_accuracy", 99.6, None, 100, None, "within"),
     ],
 )
 def test_marks_say_within_better_or_short_by_how_much(name, ours, std, paper, paper_std, said):
@@ -249,7 +252,7 @@ def test_seeds_are_joined_by_mean_or_median_with_the_sample_deviation():
     assert join([2.0], "mean") == Joined(2.0, None, 1)
     assert join([1.0, 2.0, 6.0], "median").value == 2.0
     assert join([1.0, 2.0, 6.0], "mean").std == pytest.approx((14 / 2) ** 0.5)
-    assert join([(1.0, 4.0), (3.0, 6.0)], "mean").value == (2.0, 5.0)
+    assert join([(1.0, 4.0), (3.0, 6.0)], "mean") == Joined((2.0, 5.0), pytest.approx(8.0**0.5), 2)
 
 
 def test_lines_hold_the_papers_figures_ours_and_the_reasons_and_nothing_made_up(tmp_path):

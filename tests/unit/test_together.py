@@ -23,8 +23,17 @@ METHODS = {name: cls for name, cls in (methods() | baselines()).items() if cls.f
 APART = {"magnitude-pruning", "dynamic-network-surgery", "adversarial-dropout"}
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def plain():
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), Scale())
 
 
 def quiet():
@@ -168,6 +177,12 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart(tmp_path):
     one, other = members(tmp_path, seeds=(0, 1))
     with pytest.raises(ApartError, match="their schedules differ in more than the seed"):
         train_together([one, replace(other, schedule=replace(other.schedule, lr=0.1))], num_data=100)
+    for changed, obstacle in (
+        (vd.convert(plain(), vd.BernoulliDropout(rate=0.5)), "their methods differ"),
+        (vd.convert(plain(), vd.BernoulliDropout(rate=0.0)).requires_grad_(False), "not the same parameters learn"),
+    ):
+        with pytest.raises(ApartError, match=obstacle):
+            train_together([one, replace(other, net=changed)], num_data=100)
     with pytest.raises(ApartError, match="their nets have different shapes"):
         train_together([one, replace(other, net=vd.convert(nn.Linear(2, 2), vd.ARD()))], num_data=100)
 

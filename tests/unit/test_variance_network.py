@@ -108,7 +108,7 @@ def test_it_learns_what_no_mean_could_tell():
         ({"rule": "snr"}, r"VarianceNetwork\(rule='snr', threshold=None\): must both be None"),
         ({"threshold": 3.0}, r"threshold=3.0\): must both be None, since a rule judges a weight by its mean"),
         ({"init_log_alpha": float("inf")}, r"init_log_alpha=inf\): a first value must be finite"),
-        ({"init_log_alpha": 50.0}, r"init_log_alpha=50.0\): must satisfy -40 <= init_log_alpha <= 40"),
+        ({"init_log_alpha": 50.0}, r"init_log_alpha=50.0\): must be at most 40"),
         ({"init_log_std": -50.0}, r"init_log_std=-50.0\): must satisfy"),
     ],
 )

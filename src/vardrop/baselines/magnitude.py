@@ -66,6 +66,10 @@ class MagnitudePruning(Method):
         return 1.0 - float((1.0 - self.sparsity) ** (done / self.rounds))
 
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
+        if epoch < 0:
+            raise InvalidValueError(
+                "MagnitudePruning prunes by the epoch, and none has begun: call elbo.step_epoch() at the start of each"
+            )
         wanted = self.sparsity_at(epoch)
         if dead_at(wanted, weight) > (0 if noise.mask is None else int((~noise.mask).sum())):
             noise.mask = self.score(noise, weight) >= wanted

@@ -17,6 +17,8 @@ from vardrop.noise import Layout, Noise, Place
 RuleName = Literal["log_alpha", "magnitude", "snr"]
 NUMBERS = {"int": (int, "a whole number"), "float": (int | float, "a number")}
 """What a field annotated as a number may hold, and in words."""
+LARGEST_LOG = 40.0
+"""Greatest first value of a log std or a log alpha: their squares and products are still float32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ class Method:
         raise InvalidValueError(f"{type(self).__name__} has no pruning rule, so it has no threshold")
 
     def step(self, noise: Noise, weight: Tensor, epoch: int) -> None:
-        """What a baseline does once for each training loss, such as moving its mask; `epoch` counts from 0."""
+        """What a baseline does once for each training loss, such as moving its mask.
+
+        `epoch` counts from 0, and is negative where nobody has begun one.
+        """
 
     @property
     def steps(self) -> bool:
@@ -109,7 +114,7 @@ class Method:
         return {}
 
     def project(self, noise: Noise) -> None:
-        """Puts the noise's parameters back into their domain after an optimiser step, in place."""
+        """Puts the noise's parameters back into their domain, in place: before each training pass and each count."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,8 @@ class WeightMethod(Method):
         rule: ``"log_alpha"`` kills a weight at ``log alpha >= threshold``, ``"magnitude"`` at
             ``|mean| < threshold``, ``"snr"`` at ``|mean| / std <= threshold``; ``None`` kills none.
         threshold: ``None`` for the rule's usual one (3, 0.01 and 1).
-        sampling: ``"local"`` reparameterisation or the ``"weight"`` itself, once per minibatch; recurrent layers
-            and embeddings always draw the weight.
+        sampling: ``"local"`` reparameterisation or the ``"weight"`` itself, once per minibatch; recurrent layers,
+            embeddings and attention always draw the weight.
     """
 
     default_thresholds: ClassVar[dict[str, float]] = {"log_alpha": 3.0, "magnitude": 1e-2, "snr": 1.0}
@@ -212,6 +217,10 @@ def _check_numbers(method: Method) -> None:
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): must be a number, not NaN")
         if isinstance(value, float) and math.isinf(value) and known.name.startswith("init_"):
             raise InvalidValueError(f"{type(method).__name__}({known.name}={value}): a first value must be finite")
+        if known.name.startswith("init_log_") and value > LARGEST_LOG:
+            raise InvalidValueError(
+                f"{type(method).__name__}({known.name}={value}): must be at most {LARGEST_LOG:g}, for a finite variance"
+            )
 
 
 def check_number(owner: object, field: Field[Any]) -> None:

@@ -22,7 +22,7 @@ class BetaBernoulli(GateMethod):
     """Beta-Bernoulli dropout: each unit has a learned probability of being on, dead where its mean is below 0.001.
 
     The prior of that probability is Beta(alpha / K, 1), its posterior Kumaraswamy(a, b); at test time a unit is
-    multiplied by ``E pi``. After each step a and b are put back above softplus(-10), and b below 50.
+    multiplied by ``E pi``. Before each training pass a and b are put back above softplus(-10), and b below 50.
 
     Args:
         alpha_over_k: the prior's parameter, above 0; smaller compresses more.

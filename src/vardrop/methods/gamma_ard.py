@@ -19,7 +19,8 @@ from vardrop.noise import AdditiveNoise, Noise
 class GammaARD(AdditiveMethod):
     """ARD with a Gamma(a, b) hyper-prior on each precision: a larger `a` compresses more; dead at |mean| < 0.01.
 
-    Below ``a = 1`` the objective rewards unbounded noise, so after each step log std is put back under its ceiling.
+    Below ``a = 1`` the objective rewards unbounded noise, so before each pass log std is put back under its
+    ceiling.
 
     Args:
         a: shape of the Gamma prior, above 1/2.

@@ -22,7 +22,7 @@ class StructuredBP(GateMethod):
     """Structured Bayesian pruning: truncated log-normal noise on units, dead at a signal-to-noise ratio <= 1.
 
     The prior of ``log theta`` is uniform on ``[low, high]``, its posterior a normal cut to that interval; at test
-    time a unit is multiplied by ``E theta``. After each step both parameters are put back into [-20, 5].
+    time a unit is multiplied by ``E theta``. Before each training pass both parameters are put back into [-20, 5].
 
     Args:
         init_mu: first location of ``log theta``, in [-20, 5].

@@ -21,7 +21,8 @@ class StructuredVBD(GateMethod):
     The KL is that of :class:`VBD`, ``log(1 + mean^2 / std^2) / 2`` a unit; at test time a unit is multiplied by its
     mean. Each example has a draw of its own, each flattened input a multiplier of its own, and units die by
     :func:`vardrop.prune` alone; the authors' code shares a draw within a minibatch and a channel's multiplier among its
-    flattened inputs, and masks while it trains.
+    flattened inputs, and masks while it trains. On a convolution's output the multiplier acts before the activation,
+    in equation 19 after it.
 
     Args:
         init_log_std: first value of log std.

@@ -20,7 +20,7 @@ class StudentT(AdditiveMethod):
 
     Args:
         a: shape of the Gamma distribution of the precision, above 0; the prior has 2a degrees of freedom.
-        b: its rate, above 0.
+        b: its rate, at least 1e-30.
 
     Raises:
         InvalidValueError: a field is outside its range; the message names it.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vardrop import functional as F
 from vardrop.errors import InvalidValueError
-from vardrop.methods.base import Paper, WeightMethod, check_choice, check_range
+from vardrop.methods.base import LARGEST_LOG, Paper, WeightMethod, check_choice, check_range
 from vardrop.noise import AdditiveNoise, Layout, MultiplicativeNoise, Noise, ZeroMeanNoise
 
 PARAMETERISATIONS = ("zero-mean", "layer", "input", "output", "weight", "additive")
@@ -68,7 +68,7 @@ class VarianceNetwork(WeightMethod):
         super().__post_init__()
         check_choice(self, "parameterisation", PARAMETERISATIONS)
         for field in ("init_log_alpha", "init_log_std"):
-            check_range(self, field, above=-40.0, below=40.0, closed=True)
+            check_range(self, field, above=-LARGEST_LOG, closed=True)
         if self.alpha_lr is not None:
             check_range(self, "alpha_lr", above=0.0)
             if self.parameterisation in ("zero-mean", "additive"):

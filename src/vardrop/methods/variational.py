@@ -21,7 +21,8 @@ class VariationalDropout(WeightMethod):
     """Variational dropout: learned rates alpha <= 1, shared by a layer, an input, an output, or of each weight.
 
     The KL to the log-uniform prior counts once for each weight that shares an alpha; for noise on the inputs ("type
-    A") once for each input.
+    A") once for each input feature or channel, though every element has a draw of its own: no posterior of the weights
+    stands behind it.
 
     Args:
         alpha: who shares one alpha; ``"layer"`` or ``"input"`` for noise on inputs.

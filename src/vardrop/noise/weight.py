@@ -135,7 +135,7 @@ class AdditiveNoise(WeightNoise):
         if self.clip_log_alpha is None:
             return weight
         squared_bound = math.exp(-self.clip_log_alpha) * variance.detach()
-        return weight * (weight.detach().square() > squared_bound)
+        return weight * (at_least_float32(weight.detach()).square() > squared_bound)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_price": None}

@@ -71,7 +71,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Joined:
-    """A figure over several seeds: its mean or median, its standard deviation, and how many there are."""
+    """A figure over several seeds: its mean or median, its standard deviation, and how many there are.
+
+    The deviation of a list is that of its sum.
+    """
 
     value: Value
     std: float | None
@@ -79,7 +82,7 @@ class Joined:
 
 
 def join(values: Sequence[Value], statistic: Statistic) -> Joined | None:
-    """Joins what several seeds gave, layer by layer; the standard deviation is that of a single number alone.
+    """Joins what several seeds gave, layer by layer.
 
     >>> from vardrop.tables.figures import join
     >>> join([1.0, 3.0], "mean")
@@ -91,12 +94,13 @@ def join(values: Sequence[Value], statistic: Statistic) -> Joined | None:
     numbers = [value for value in values if not isinstance(value, tuple)]
     if len(numbers) == len(values):
         return Joined(middle(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
-    layers = zip(*(value for value in values if isinstance(value, tuple)), strict=True)
-    return Joined(tuple(middle(layer) for layer in layers), None, len(values))
+    lists = [value for value in values if isinstance(value, tuple)]
+    spread = stdev(map(math.fsum, lists)) if len(lists) > 1 else None
+    return Joined(tuple(middle(layer) for layer in zip(*lists, strict=True)), spread, len(values))
 
 
 def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) -> str:
-    """``within``, ``better`` or ``short by``: ours against the paper's.
+    """``within``, ``better`` or ``short by``, or ``off by`` where no side is better: ours against the paper's.
 
     Within is a difference of at most the standard deviations of both, joined (what a single seed, or a paper without
     them, does not have counts as zero), or of half the last decimal shown.
@@ -106,16 +110,19 @@ def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) ->
     >>> [mark(error, Joined(value, 0.05, 5), 1.92, None) for value in (1.95, 1.8, 2.0)]
     ['within', 'better', 'short by 0.08']
     """
-    if figure.better is None or (figure.need == "times" and paper == 1.0):  # a net timed against itself
+    if figure.need == "times" and paper == 1.0:  # a net timed against itself
+        return ""
+    if figure.better is None and isinstance(paper, tuple):
         return ""
     layers = len(paper) if isinstance(paper, tuple) else 1
     if layers != (len(ours.value) if isinstance(ours.value, tuple) else 1):
         return ""
     if figure.alike(ours.value, paper, ours.std, paper_std):
         return "within"
-    if figure.beats(ours.value, paper):
+    if figure.better is not None and figure.beats(ours.value, paper):
         return "better"
-    return f"short by {abs(figure.size(ours.value) - figure.size(paper)):,.{figure.digits}f}"
+    how = "off by" if figure.better is None else "short by"
+    return f"{how} {abs(figure.size(ours.value) - figure.size(paper)):,.{figure.digits}f}"
 
 
 def _sparsity(record: Mapping[str, Any]) -> Value | None:

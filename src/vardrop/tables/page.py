@@ -20,8 +20,10 @@ LEGEND = (
     "there are several; in brackets the seeds of a figure that has fewer than its line; a list is layer by layer. "
     "*within*: it differs from the paper's figure by no more than both standard deviations joined, as the root of the "
     "sum of their squares (one seed has none, nor has a paper that prints none), or than half of the last decimal "
-    "shown. *better* and *short by*: beyond that, to the one side or the other; lists of units are compared by their "
-    "sums. A claim is too close to say where rows that it compares differ no more than that, and none the other way; "
+    "shown. *better* and *short by*: beyond that, to the one side or the other; *off by* where no side is better. "
+    "Lists of units are compared by their sums, which have deviations that are not shown, and half a decimal of each "
+    "layer. Runs *after* another row start from its net. Speed-ups on a CPU are timed when a run ends, perhaps beside "
+    "others. A claim is too close to say where rows that it compares differ no more than that, and none the other way; "
     "in brackets stand the budget of the runs, the rows that were not run (without), or only in part (in part "
     "against), and those that differ no more than that (close to). A verdict that rests on a single seed says so: "
     "another seed may overturn it. An em-dash: no figure."
@@ -103,8 +105,7 @@ def _grid(rows: Sequence[Sequence[str]]) -> str:
 def page(tables: Sequence[Table], found: Found) -> str:
     """The `tables` as one HTML file without any outside resource."""
     parts = [_section(table, found) for table in tables]
-    legend = html.escape(LEGEND).replace("*within*", "<em>within</em>").replace("*better*", "<em>better</em>")
-    legend = legend.replace("*short by*", "<em>short by</em>")
+    legend = re.sub(r"\*([\w ]+)\*", r"<em>\1</em>", html.escape(LEGEND))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Tables of the papers</title>\n'
         f"<style>{STYLE}</style></head><body>\n<h1>Tables of the papers, made again</h1>\n<p class=sub>{legend}</p>\n"
@@ -156,10 +157,12 @@ def _ours(table: Table, row: Row, found: Found) -> list[Line]:
 
 
 def _epochs(row: Row, budget: str, found: Found) -> str:
-    """Budget and epochs of our figures."""
+    """Budget and epochs of our figures, and the row from whose net they start."""
     records = [record for run in row.runs.values() for record in found.of(run, budget).values()]
     epochs = {record["config"]["schedule"]["epochs"] for record in records}
-    return budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
+    told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
+    before = {run.before.row: None for run in row.runs.values() if run.before is not None}
+    return f"{told} after {' or '.join(before)}" if before else told
 
 
 def _other_nets(row: Row, budget: str, found: Found) -> list[str]:
@@ -191,7 +194,8 @@ def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, seeds: i
 
 
 def _with_std(figure: Figure, value: Any, std: float | None) -> str:
-    return figure.show(value) + ("" if value is None or std is None else f" ± {std:,.{figure.digits}f}")
+    spread = "" if std is None or value is None or isinstance(value, tuple) else f" ± {std:,.{figure.digits}f}"
+    return figure.show(value) + spread
 
 
 def _seeds(seeds: set[int]) -> str:

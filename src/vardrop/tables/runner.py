@@ -215,9 +215,15 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
 
     Raises:
         DataError: not one of the cells has its data.
+        InvalidValueError: one that another starts from is not among the cells.
     """
     watch = watch or Watch()
     outcome = Outcome()
+    cells = list(cells)
+    given = {cell.place for cell in cells}
+    for cell in cells:
+        if cell.before is not None and cell.before.place not in given:
+            raise InvalidValueError(f"cells: {cell.label} starts from {cell.before.label}, which must be among them")
     waiting: list[Cell] = []
     for cell in cells:
         try:
