@@ -93,6 +93,10 @@ def compress(
     on_empty: Annotated[
         Literal["keep-best", "refuse"], typer.Option(help="What to do with a layer whose weights are all dead")
     ] = "keep-best",
+    on_unknown: Annotated[
+        Literal["refuse", "keep"],
+        typer.Option(help="What to do with an operation that compaction has no rule for: refuse, or keep its units"),
+    ] = "refuse",
     seed: Annotated[int, typer.Option(help="Of the initialisation, the order and the noise")] = 0,
     fast: Annotated[bool, typer.Option(help="The fast path of training, or the plain reference")] = True,
 ) -> None:
@@ -129,6 +133,7 @@ def compress(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         on_empty=on_empty,
+        on_unknown=on_unknown,
         fast=fast,
     )
     with progress_of(console) as progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vardrop.checkpoint import Epoch
-from vardrop.errors import InvalidValueError, StorageError
+from vardrop.errors import CompactionWarning, InvalidValueError, StorageError
 from vardrop.fast import compile_seconds, fast
 from vardrop.files import FIRST_LAYER, HISTOGRAMS, PART, RUN, replace_file, size_on_disk
 from vardrop.io import load_weights, methods_by_layer, save
@@ -65,6 +66,8 @@ class Job:
         exclude: name patterns of the layers to leave plain.
         parts: methods of layers that differ from `method`, by name pattern; the first match wins.
         on_empty: what to do with a layer whose weights are all dead: keep its best one and say so, or refuse.
+        on_unknown: what to do with an operation that compaction has no rule for: refuse the net before it is trained,
+            or keep all units around the operation.
         fast: train on the fast path, compiled where the run sees examples enough to pay for it.
     """
 
@@ -80,11 +83,14 @@ class Job:
     exclude: tuple[str, ...] = ()
     parts: tuple[tuple[str, Method], ...] = ()
     on_empty: Literal["keep-best", "refuse"] = "keep-best"
+    on_unknown: Literal["refuse", "keep"] = "refuse"
     fast: bool = True
 
     def __post_init__(self) -> None:
         if self.on_empty not in ("keep-best", "refuse"):
             raise InvalidValueError(f"on_empty={self.on_empty!r}: must be 'keep-best' or 'refuse'")
+        if self.on_unknown not in ("refuse", "keep"):
+            raise InvalidValueError(f"on_unknown={self.on_unknown!r}: must be 'refuse' or 'keep'")
         for name in ("pretrain", "validation"):
             if getattr(self, name) < 0:
                 raise InvalidValueError(f"{name}={getattr(self, name)}: must be at least 0")
@@ -113,6 +119,7 @@ class Job:
             "include": self.include,
             "exclude": self.exclude,
             **({"parts": {pattern: _named(method) for pattern, method in self.parts}} if self.parts else {}),
+            **({"on_unknown": self.on_unknown} if self.on_unknown != "refuse" else {}),
         }
 
 
@@ -228,8 +235,12 @@ def _begin(job: Job, folder: Path, data: Data | None = None) -> _Work:
     for parameter in net.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=()):
-        _put_noise(deepcopy(net), job)  # what cannot be converted is refused before anything is trained or written
+    with torch.random.fork_rng(devices=()):  # what cannot go the whole road is refused before anything is trained
+        trial = deepcopy(net)
+        _put_noise(trial, job)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompactionWarning)
+            compact(trial, data.test.x[:2], dry_run=True, on_unknown=job.on_unknown)
     fit, valid = data.train, data.validation
     if job.validation:
         fit, valid = validation_split(data.train, job.validation, seed=job.schedule.seed)
@@ -273,10 +284,10 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
         "valid_nll": valid_nll,
         **_counts(counted),
     }
-    small = compact(net, data.test.x[:2])
+    save(net, folder / NOISY, overwrite=True)
+    small = compact(net, data.test.x[:2], on_unknown=job.on_unknown)
     if counted.alive < counted.total:
         small = select_inputs(small)
-    save(net, folder / NOISY, overwrite=True)
     compacted = {
         **_describe(small, data, folder / SMALL, sparse=True),
         "flops": flops(small, data.test.x[:1]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vardrop import metrics, uncertainty
 from vardrop.compare import Measured, measure
 from vardrop.compress import NOISY, ORIGINAL, SMALL
-from vardrop.errors import InvalidValueError
+from vardrop.errors import DataError, InvalidValueError
 from vardrop.export import export_onnx
 from vardrop.files import EVALUATION, read_run, replace_file
 from vardrop.io import load
@@ -91,6 +91,8 @@ def evaluate(
     figures.need()
     data = _data(folder, data_root)
     strange = None if ood is None else load_inputs(ood, input_shape=data.input_shape, data_root=data_root)
+    if strange is not None and strange.dtype != data.test.x.dtype:
+        raise DataError(f"data {ood!r}: inputs of type {strange.dtype}, but the net takes {data.test.x.dtype}")
     generator = torch.Generator().manual_seed(read_run(folder)["seed"])
     small, noisy = load_small(folder, data), load_noisy(folder, data)
 

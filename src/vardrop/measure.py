@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
@@ -21,7 +22,8 @@ from vardrop.noise import InputGate
 from vardrop.refusals import does_not_run
 from vardrop.sites import Site, folded, sites, tensor_of
 
-Inputs = Tensor | tuple[Tensor, ...]
+Inputs = Any
+"""One input, a tensor or a dict or a list of them, or a tuple with the arguments of the model's forward."""
 Candidate = nn.Module | Callable[[], object]
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WITH_VECTORS = {
@@ -171,7 +173,9 @@ def latencies(
     if not all(isinstance(number, int) and number >= 1 for number in (repeats, threads)):
         raise InvalidValueError(f"repeats={repeats!r}, threads={threads!r}: must both be whole numbers, at least 1")
     calls = {name: _as_call(candidate, example_inputs) for name, candidate in candidates.items()}
-    wait = example_inputs is not None and any(not x.is_cpu for x in _as_tuple(example_inputs))
+    wait = example_inputs is not None and any(
+        isinstance(x, Tensor) and not x.is_cpu for x in tree_leaves(example_inputs)
+    )
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -359,13 +363,13 @@ def _in_plain_operations() -> Iterator[None]:
         mha.set_fastpath_enabled(before[2])
 
 
-def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
-    found = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if not isinstance(found, tuple | list) or not found:
+def _as_tuple(inputs: Inputs) -> tuple[Any, ...]:
+    found = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
         raise InvalidValueError(
             f"example_inputs is a {type(inputs).__name__}: must be a tensor or a tuple of the inputs"
         )
-    return tuple(found)
+    return found
 
 
 def _as_call(candidate: Candidate, inputs: Inputs | None) -> Callable[[], object]:

@@ -82,7 +82,7 @@ def predict(
         Probabilities of the shape of the logits, in float32 or better; they sum to one over dimension 1.
 
     Raises:
-        InvalidValueError: `samples` is below 1, or the model returns something else.
+        InvalidValueError: `samples` is below 1, or the model returns something else, or a single class.
 
     >>> net = vd.convert(torch.nn.Linear(8, 4), vd.ARD())
     >>> vd.predict(net, torch.randn(2, 8), samples=3).sum(dim=1)
@@ -97,6 +97,11 @@ def _probabilities(logits: Tensor) -> Tensor:
     """Of logits ``(some, N, classes, *)``."""
     if logits.dim() < 3:
         raise InvalidValueError(f"the model returns shape {tuple(logits.shape[1:])}: must be (N, classes, *)")
+    if logits.shape[2] == 1:
+        raise InvalidValueError(
+            f"the model returns shape {tuple(logits.shape[1:])}, a single class: must be (N, classes, *); for a "
+            "regression take vardrop.draws, for a single logit vardrop.draws(model, x).sigmoid().mean(0)"
+        )
     return torch.softmax(at_least_float32(logits), dim=2)
 
 

@@ -24,4 +24,5 @@ def check_model(model: Any) -> None:
 def does_not_run(model: nn.Module, arguments: Iterable[Any], error: Exception) -> str:
     """What to say where a pass of `model` on `arguments` ends in `error`."""
     shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in arguments)
-    return f"{type(model).__name__} does not run on inputs of shape {shapes}: {error}"
+    reason = str(error) or type(error).__name__
+    return f"{type(model).__name__} does not run on inputs of shape {shapes}: {reason}"

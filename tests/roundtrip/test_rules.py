@@ -61,6 +61,16 @@ IMAGE_FUNCTIONS = {
     "tiled in space": (lambda x: x.repeat(1, 1, 2, 1), 6, 4),
     "tiled channels": (lambda x: x.repeat(1, 2, 1, 1), 12, 6),
     "one channel for all": (lambda x: x * x[:, :1], 6, 6),
+    "repeated like another": (lambda x: x * x.mean((2, 3), keepdim=True).expand_as(x), 6, 4),
+    "one channel repeated like all": (lambda x: x * x[:, :1].expand_as(x), 6, 6),
+    "repeated like a fixed size": (lambda x: x.mean((2, 3), keepdim=True).expand_as(torch.ones(len(x), 6, 6, 6)), 6, 6),
+    "shaped like another": (lambda x: x.view_as(x + 1), 6, 6),
+    "the type of another": (lambda x: (x > 0.4).type_as(x) * x, 6, 4),
+    "a whole type of another": (lambda x: (4 * x).type_as(torch.ones(1, dtype=torch.int64)).to(x.dtype), 6, 4),
+    "stacked along channels": (lambda x: torch.hstack([x, 2 * x]), 12, 4),
+    "operations by other names": (lambda x: torch.negative(torch.multiply(x, x).true_divide(3)), 6, 4),
+    "transposed space": (lambda x: x.mT, 6, 4),
+    "smoothed": (lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), 6, 4),
 }
 
 

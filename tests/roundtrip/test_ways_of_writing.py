@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vardrop as vd
-from vardrop.errors import GraphError, InvalidValueError
+from vardrop.errors import CompactionWarning, GraphError, InvalidValueError
 
 
 class Shared(nn.Module):
@@ -29,6 +29,42 @@ def test_a_layer_called_twice_is_kept_and_the_plan_says_so():
     assert parameters(small) == parameters(model)
     assert done.notes == ("twice is kept as it is: twice.weight is used 2 times",)
     assert "twice is kept as it is" in str(done)
+    with pytest.warns(CompactionWarning, match="no unit could be taken out: twice is kept as it is: .*dry_run=True"):
+        vd.compact(model, torch.randn(2, 4))
+
+
+def test_a_model_is_taken_out_of_its_wrappers():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    kill(model[0], [0, 1])
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager"), nn.DataParallel(averaged)):
+        small = vd.compact(wrapped, torch.randn(2, 4))
+        assert type(small) is nn.Sequential and small[0].out_features == 3
+
+
+def test_what_a_forward_refuses_is_told_in_one_line():
+    class Strict(nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    with pytest.raises(GraphError, match=r"Strict does not run on inputs of shape \(2, 4\): AssertionError"):
+        vd.compact(Strict(), torch.randn(2, 4))
+    with pytest.raises(GraphError, match=r"Linear does not run on inputs of shape dict"):
+        vd.compact(nn.Linear(4, 2), {"x": torch.randn(2, 4)})
+
+
+def test_a_list_is_one_argument():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, parts):
+            return self.layer(parts[0] + parts[1])
+
+    inputs = [torch.randn(2, 4), torch.randn(2, 4)]
+    assert vd.compact(Sum(), inputs)(inputs).shape == (2, 2)
+    assert vd.summary(Sum(), example_inputs=inputs).flops == 32
 
 
 class Tied(nn.Module):

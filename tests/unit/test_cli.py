@@ -264,6 +264,35 @@ def test_make_method_reads_numbers_words_truth_and_none():
             make_method("vbd", [bad])
 
 
+UNFOLLOWED = """
+from torch import nn
+
+
+class Renormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.last(self.first(x.flatten(1)).relu().renorm(2, 0, 1e6))
+
+
+def build():
+    return Renormed()
+"""
+
+
+def test_a_net_that_compaction_cannot_follow_is_refused_before_it_is_trained(tmp_path):
+    (tmp_path / "mine.py").write_text(UNFOLLOWED)
+    told = ["compress", f"{tmp_path / 'mine.py'}:build", "--out", tmp_path / "run", *FAST]
+    done = vardrop(*told)
+    assert done.returncode == 1 and "no rule for the operation 'renorm'" in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+    kept = vardrop(*told, "--on-unknown", "keep")
+    assert kept.returncode == 0, kept.stderr
+    assert read_run(tmp_path / "run")["config"]["on_unknown"] == "keep"
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"other": 1}'])
 def test_a_foreign_record_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)

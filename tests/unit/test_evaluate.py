@@ -140,6 +140,9 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(evaluated, tmp_path
     (tmp_path / "wide.py").write_text(STRANGE.replace("8, 8", "9, 9"))
     with pytest.raises(DataError, match=r"inputs of shape \(1, 9, 9\), but the net takes \(1, 8, 8\)"):
         evaluate(folder, samples=2, ood=f"{tmp_path / 'wide.py'}:noise")
+    (tmp_path / "whole.py").write_text(STRANGE.replace("    return", "    x = x.long()\n    return"))
+    with pytest.raises(DataError, match=r"inputs of type torch.int64, but the net takes torch.float32"):
+        evaluate(folder, samples=2, ood=f"{tmp_path / 'whole.py'}:noise")
     with pytest.raises(DataError, match="there is no folder"):
         evaluate(folder, samples=2, ood="nowhere", data_root=tmp_path)
     for package, extra in (("torchmetrics.functional.classification", "metrics"), ("matplotlib.figure", "report")):

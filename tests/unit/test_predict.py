@@ -253,6 +253,11 @@ def test_predict_is_the_mean_of_the_probabilities_of_the_same_draws(case):
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
+def test_a_single_class_is_no_classification():
+    with pytest.raises(InvalidValueError, match=r"shape \(2, 1\), a single class: .* take vardrop\.draws"):
+        vd.predict(vd.convert(nn.Linear(4, 1), vd.SparseVD()), torch.randn(2, 4))
+
+
 def test_the_generator_of_the_switch_serves_where_none_is_given():
     net, x, _ = converted("local")
     vd.noise(net, None, generator=torch.Generator().manual_seed(5))

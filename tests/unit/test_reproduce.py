@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from test_cli import vardrop
 
-from vardrop.errors import ApartError, DataError, StorageError, TrainingError, VardropError
+from vardrop.errors import ApartError, DataError, InvalidValueError, StorageError, TrainingError, VardropError
 from vardrop.tables import Cell, Found, load_tables, runner
 from vardrop.tables.command import _storing, reproduce
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells, run_seeds
@@ -351,6 +351,12 @@ def test_each_place_has_a_device_of_its_own(tmp_path, monkeypatch):
     for slot in (0, 1, 2):
         runner._process([cell], Options(tmp_path / "out", recipes=own), slot)
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == ["0", "1", "0", "7", "5", "7"]
+
+
+def test_a_cell_whose_start_is_not_among_them_is_refused(tmp_path):
+    own = recipes(tmp_path / "own")
+    with pytest.raises(InvalidValueError, match="BB, full, seed 0 starts from own: Plain, full, seed 0, which must be"):
+        run_cells([cell_of(own, "BB")], Options(tmp_path / "out", recipes=own, device="cpu"))
 
 
 def test_what_fails_is_named_with_its_reason_and_the_rest_goes_on(tmp_path):

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, Literal, overload
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from vardrop.errors import CompactionWarning
 from vardrop.surgery.cut import cut, plan
@@ -35,7 +36,8 @@ def compact(
     of its input, it is taken to decide as for the example.
 
     Args:
-        model: a converted model, or a plain one whose weights hold zeros; it is left as it is.
+        model: a converted model, or a plain one whose weights hold zeros; it is left as it is. Of one that is wrapped
+            for several devices, for averaged weights or by the compiler, the model inside is taken.
         example_inputs: one tensor, or a tuple with the arguments of the model's forward.
         dry_run: return the plan alone; ``print`` shows what goes, what is folded, and what stays and why.
         on_unknown: ``"refuse"`` raises at an operation without a rule, ``"keep"`` keeps all units around it.
@@ -46,7 +48,8 @@ def compact(
         InvalidValueError: `on_unknown` is something else, or `model` is no module.
 
     Warns:
-        CompactionWarning: a layer runs in training alone, or the model holds what it knows in variances.
+        CompactionWarning: a layer runs in training alone, the model holds what it knows in variances, or weights are
+            dead and yet no unit could go.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> net = vd.convert(net, vd.ARD())
@@ -60,11 +63,18 @@ def compact(
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    small = plain_copy(model, example_inputs)
+    small = plain_copy(_unwrapped(model), example_inputs)
     if dry_run:
         return plan(small, example_inputs, on_unknown=on_unknown)
     alone = trained_alone(small, as_arguments(example_inputs))
     done = cut(small, example_inputs, on_unknown=on_unknown)
+    if done.parameters_after == done.parameters_before and done.obstacles and _has_dead_weights(small):
+        warnings.warn(
+            f"weights are dead, but no unit could be taken out: {'; '.join(done.obstacles[:3])}; "
+            "print(vardrop.compact(model, example_inputs, dry_run=True)) shows all",
+            CompactionWarning,
+            stacklevel=2,
+        )
     if alone and done.parameters_after < done.parameters_before:
         warnings.warn(
             f"layer {alone[0]!r} runs in training but not in eval mode and is left as it was: the small net cannot be "
@@ -73,3 +83,15 @@ def compact(
             stacklevel=2,
         )
     return small
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch's wrappers: of several devices, of averaged weights, of the compiler."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        model = model.module
+    inner = getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _has_dead_weights(plain: nn.Module) -> bool:
+    return any(bool((weight == 0).any()) for weight in plain.parameters() if weight.dim() >= 2)

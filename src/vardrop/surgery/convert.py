@@ -184,6 +184,8 @@ def _choose(
         if noises(layer) or _is_convertible(name, layer, gated=gated, named=named, itself=itself):
             used.add(matching[0])
             chosen[name] = tuple(_placed(model, name, layer, method) for method in methods)
+    if not by_pattern:
+        raise InvalidValueError("method={}: must name a method for some layer, such as {'*': vardrop.SparseVD()}")
     unused = [pattern for pattern in by_pattern if pattern not in used]
     if unused and list(by_pattern) != ["*"]:
         raise InvalidValueError(
@@ -232,7 +234,8 @@ def _candidates(model: nn.Module, by_pattern: Mapping[str, tuple[Method, ...]]) 
         inner = {child for layer in attentions for child in layer.children()}
         if next(sites(model), None) is not None:
             raise ConversionError(
-                "the model is converted already: convert a plain one, or call vardrop.strip(model) first"
+                "the model is converted already: convert a plain one, or call vardrop.strip(model), which drops the "
+                "noise; what joined it since is converted alone, as in vardrop.convert(model.head, method)"
             )
         return {name: layer for name, layer in model.named_modules() if _is_one_layer(layer) and layer not in inner}
     own, first = type(second).__name__, second.follows

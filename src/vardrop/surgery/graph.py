@@ -133,7 +133,7 @@ def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
     Raises:
         InvalidValueError: one of them is an empty batch, on which nothing can be told.
     """
-    given = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     for tensor in given:
         if isinstance(tensor, Tensor) and tensor.dim() and not len(tensor):
             raise InvalidValueError(f"example_inputs of shape {tuple(tensor.shape)}: must hold an example at least")
@@ -149,7 +149,10 @@ def as_batch(example_inputs: Any) -> tuple[Tensor, ...]:
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     batches = isinstance(inputs, tuple) and all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs)
     if not batches or not inputs:
-        shown = f"{inputs!r:.80}" if isinstance(inputs, tuple) else type(inputs).__name__
+        shown = type(inputs).__name__
+        if isinstance(inputs, tuple):
+            kinds = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+            shown = f"({', '.join(kinds)})"
         raise InvalidValueError(
             f"example_inputs={shown}: must be a tensor or a tuple of tensors, each with a batch of at least one as its "
             "first dimension"
@@ -199,7 +202,7 @@ def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mappin
     try:
         with torch.no_grad():
             model(*arguments)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:
         raise GraphError(does_not_run(model, arguments, error)) from error
     finally:
         for hook in hooks:
@@ -214,8 +217,9 @@ def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mappin
                 "forward that takes padded ones, or take its noise out by vardrop.strip alone"
             ) from error
         raise GraphError(
-            f"{type(model).__name__} cannot be traced by torch.export, which needs a forward without "
-            f"branches on the data: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            f"{type(model).__name__} cannot be traced by torch.export, which follows no branch on the data and knows "
+            "no inputs and outputs but tensors, also in tuples, lists and dicts: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     signature = program.graph_signature
     return program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -64,6 +64,12 @@ class Plan:
         total = _arrow((self.parameters_before, self.parameters_after))
         return "\n".join([*lines, *self.notes, f"parameters: {total}"])
 
+    @property
+    def obstacles(self) -> list[str]:
+        """Why units stay that are nothing but constants, and layers as they are."""
+        kept = (f"{layer.name}: {why}" for layer in self.layers for why, _ in layer.kept)
+        return list(dict.fromkeys([*self.notes, *kept]))
+
 
 @dataclass(frozen=True)
 class Alive:

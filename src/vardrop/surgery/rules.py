@@ -65,9 +65,25 @@ def elementwise(reading: Reading, node: Node) -> Outcome:
     columns = torch.stack(list(operands.values()))
     known = ~columns.isnan().any(0)
     const = torch.where(known, _evaluate(node, operands), torch.nan) if known.any() else joined.const
-    if operation(node) == "mul":
+    if operation(node) in ("mul", "multiply"):
         const = torch.where((columns == 0).any(0), 0.0, const)
     return Value(joined.dim, joined.ids, const)
+
+
+def like(reading: Reading, node: Node) -> Outcome:
+    """Repeated to the shape of another tensor, whose units it joins."""
+    first, other = cast(list[Node], node.args[:2])
+    joined = _join(reading, node, shape(node), [first, other])
+    return None if joined is None else Value(joined.dim, joined.ids, _constants(reading, first, joined, shape(node)))
+
+
+def typed(reading: Reading, node: Node) -> Outcome:
+    """Takes the type of another tensor, and nothing else of it."""
+    value = reading.value(node.args[0])
+    if value is None:
+        return None
+    const = value.const.nan_to_num(0.0).to(cast(Tensor, node.meta["val"]).dtype).double()
+    return Value(value.dim, value.ids, torch.where(value.known, const, torch.nan))
 
 
 def _join(reading: Reading, node: Node, made: torch.Size, sources: list[Node]) -> Value | None:
@@ -241,7 +257,7 @@ def concatenate(reading: Reading, node: Node) -> Outcome:
     """Along the units the lists are joined; along another dimension units at one place join one class."""
     sources = [source for source in cast(list[Node], node.args[0]) if shape(source) != (0,)]  # torch skips these
     values = [value for source in sources if (value := reading.value(source))]
-    dim = arguments(node)["dim"] % len(shape(node))
+    dim = (1 if operation(node) == "hstack" else arguments(node)["dim"]) % len(shape(node))
     if all(value.dim != dim for value in values):
         return _aligned(reading, node, sources)
     if any(value.dim != dim for value in values):
@@ -266,7 +282,8 @@ ELEMENTWISE = """
     log log1p sqrt rsqrt square pow sin cos tan sinh cosh asinh atan erf reciprocal sign floor ceil round
     trunc add sub rsub mul div maximum minimum eq ne lt le gt ge where masked_fill lerp addcmul addcdiv to
     _to_copy nan_to_num logical_not logical_and logical_or isnan zeros_like ones_like
-    full_like logit remainder fmod
+    full_like logit remainder fmod multiply subtract true_divide absolute negative arctan special_expit
+    special_erf log2 log10 exp2 erfc atan2 float_power xlogy logaddexp fmax fmin hypot sgn frac deg2rad rad2deg
 """
 SPATIAL = """
     max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
@@ -274,6 +291,7 @@ SPATIAL = """
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pad
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
     upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
 BARRIERS = """
@@ -283,6 +301,7 @@ BARRIERS = """
     std_mean all any index gather scatter take_along_dim masked_select roll flip pixel_shuffle
     pixel_unshuffle channel_shuffle cosine_similarity pairwise_distance cdist cross_entropy_loss nll_loss
     mse_loss l1_loss cross outer tril triu one_hot fft_fft fft_ifft fft_rfft fft_irfft
+    view_as reshape_as tile repeat_interleave unfold im2col col2im vstack dstack column_stack
     grid_sampler lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 """
 
@@ -305,12 +324,14 @@ RULES: Mapping[str, Rule] = _table(
         spatial: SPATIAL,
         reduction: "mean sum amax amin",
         reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze",
-        permute: "permute transpose swapaxes swapdims movedim moveaxis t numpy_T",
+        permute: "permute transpose swapaxes swapdims movedim moveaxis t numpy_T mT",
         expand: "expand broadcast_to repeat",
+        like: "expand_as",
+        typed: "type_as",
         part: "slice select narrow index_select",
         chunk: "chunk split split_with_sizes tensor_split",
         glu: "glu",
-        concatenate: "cat concat concatenate",
+        concatenate: "cat concat concatenate hstack",
         recurrent: "lstm gru rnn_tanh rnn_relu",
         embedding: "embedding",
         attention: "scaled_dot_product_attention",

@@ -209,21 +209,17 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
     Several runners may share a folder: a cell belongs to whoever holds its lock, which falls with its process.
 
     Args:
-        cells: those that others start from before these.
+        cells: those that others start from before these; what an unfinished one starts from must be among them.
         options: where and how.
         watch: told of the progress.
 
     Raises:
         DataError: not one of the cells has its data.
-        InvalidValueError: one that another starts from is not among the cells.
+        InvalidValueError: a cell that an unfinished one starts from is not among them.
     """
     watch = watch or Watch()
     outcome = Outcome()
     cells = list(cells)
-    given = {cell.place for cell in cells}
-    for cell in cells:
-        if cell.before is not None and cell.before.place not in given:
-            raise InvalidValueError(f"cells: {cell.label} starts from {cell.before.label}, which must be among them")
     waiting: list[Cell] = []
     for cell in cells:
         try:
@@ -240,6 +236,10 @@ def run_cells(cells: Iterable[Cell], options: Options, watch: Watch | None = Non
             continue
         watch.on_end(cell, reason)
     _drop_without_data(waiting, options, outcome, watch)
+    given = {cell.place for cell in cells}
+    for cell in waiting:
+        if cell.before is not None and cell.before.place not in given:
+            raise InvalidValueError(f"cells: {cell.label} starts from {cell.before.label}, which must be among them")
     working: dict[int, tuple[list[Cell], subprocess.Popen[bytes]]] = {}
     with ended_by_sigterm():
         try:

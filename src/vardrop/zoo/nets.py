@@ -242,7 +242,8 @@ def check_fits(spec: str, net: nn.Module, data: Data) -> None:
     if output.shape != wanted:
         raise DataError(
             f"net {spec!r} gives outputs of shape {tuple(output.shape)} for one example of {data.name!r}: "
-            f"must be {wanted}, one logit for each class"
+            f"must be {wanted}, one logit for each class of each label"
+            + ("" if data.train.y.dim() == 1 else "; labels are the numbers of classes, not one-hot vectors")
         )
 
 
