@@ -173,8 +173,7 @@ def sweep(
 ) -> None:
     """Search the hyper-parameters of a method for the front of error against size; start it again to go on.
 
-    Example: vardrop sweep lenet-300-100 --method ard --search init_log_std=-8:-2 --search threshold=1e-3:1e-1:log
-    --out sweeps/a
+    Example: vardrop sweep lenet-300-100 --search threshold=1:4 --out sweeps/a
     """
     from vardrop.sweep import parse_search
     from vardrop.sweep import sweep as run
@@ -270,8 +269,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run again on its test data: small net, pruned net, one draw, and ensemble over the noise.
 
-    Keeps the figures in RUN/evaluation.json and reliability diagrams in RUN/evaluation.png; with --ood also how well
-    uncertainty tells strange inputs from known ones. Example: vardrop evaluate runs/mnist --ood OTHER/DATA
+    Keeps the figures in RUN/evaluation.json, reliability diagrams in RUN/evaluation.png.
+
+    Example with strange inputs beside: vardrop evaluate runs/mnist --ood OTHER/DATA
     """
     from vardrop.evaluate import PICTURE
     from vardrop.evaluate import evaluate as again

@@ -316,8 +316,15 @@ def _finish(work: _Work, whole: Pruned, history: list[Epoch]) -> dict[str, Any]:
 
 
 def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The keys in which two configurations differ."""
-    return ", ".join(sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key)))
+    """The keys in which two configurations differ, such as ``"schedule.lr, validation"``."""
+    found = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        one, other = stored.get(key), wanted.get(key)
+        if one == other:
+            continue
+        both = isinstance(one, Mapping) and isinstance(other, Mapping)
+        found += [f"{key}.{inner}" for inner in differing(one, other).split(", ")] if both else [key]
+    return ", ".join(found)
 
 
 def _check_folder(folder: Path, job: Job) -> None:

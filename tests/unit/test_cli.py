@@ -349,7 +349,7 @@ def test_a_run_that_shrinks_counts_against_the_original_and_ends_like_any_other(
         done = vardrop(command[0], tmp_path / "a", *command[1:])
         assert done.returncode == 0, done.stderr
     done = vardrop("compress", "lenet-300-100", "--out", tmp_path / "a", *options)
-    assert done.returncode == 1 and "differs in schedule" in done.stderr
+    assert done.returncode == 1 and "differs in schedule." in done.stderr
 
 
 def test_the_second_stage_takes_a_net_that_shrank_and_counts_against_the_whole_one(tmp_path):

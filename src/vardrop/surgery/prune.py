@@ -74,7 +74,8 @@ def prune(
 
     Args:
         model: a converted model.
-        threshold: in place of each method's own, in the units of its rule.
+        threshold: in place of each method's own, in the units of its rule; where methods with other rules meet in one
+            model, give each its own when it is made, as in ``vd.SparseVD(threshold=2.5)``.
         on_empty: what to do with a layer whose last weight or unit would die: keep its best one and warn, or refuse.
 
     Returns:
