@@ -20,6 +20,9 @@ class AdversarialDropout(Method):
     loss the most to first order. The divergence from the labels is the loss itself, as in the paper's supervised form.
     A second pass has to be run, so :class:`vardrop.ELBO` takes a function in place of its loss.
 
+    It attacks every layer that is converted; on many of them, or before the net has learned anything, the surest
+    answer to it is to learn nothing. Its paper attacks the last hidden layer: ``include`` that one, after plain epochs.
+
     Args:
         rate: probability of dropping, in [0, 1).
         budget: the paper's ``delta``, in [0, 1].
