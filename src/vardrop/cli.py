@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import typing
 import warnings
@@ -24,14 +23,14 @@ from vardrop.memory import keep_freed_memory
 from vardrop.methods import Method, methods
 from vardrop.screen import demo_table, evaluation_table, listeners_of, progress_of, result_table, short
 from vardrop.settings import value_of
-from vardrop.train import Schedule
+from vardrop.train import Schedule, end_process_group, is_first_process
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Make PyTorch networks Bayesian, sparse and really smaller.",
 )
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of processes that train together, the first one speaks
+console = Console(quiet=not is_first_process())
 errors = Console(stderr=True)
 INTERRUPTED = 130
 
@@ -418,6 +417,8 @@ def main() -> None:
         code = INTERRUPTED
     if code == INTERRUPTED:
         errors.print("stopped; what was finished is kept, and the same command goes on from there")
+    if not code:  # after an error the group may still be waited for
+        end_process_group()
     sys.exit(code)
 
 

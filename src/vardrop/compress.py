@@ -6,11 +6,13 @@ import json
 import platform
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -33,7 +35,7 @@ from vardrop.surgery.prune import Pruned, count_alive, prune
 from vardrop.surgery.selection import select_inputs
 from vardrop.surgery.shrink import why_whole
 from vardrop.together import Member, train_together
-from vardrop.train import Schedule, accelerator_of, train
+from vardrop.train import Schedule, accelerator_of, is_first_process, train
 from vardrop.zoo import Batches, Data, Split, build_net, check_fits, load_data, validation_split
 
 CONFIG = "config.json"
@@ -146,17 +148,28 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
     """
     listeners = listeners or Listeners()
     work = _begin(job, folder)
-    if job.pretrain:
-        listeners.on_stage("plain", job.pretrain)
-        _train(work, work.plain, folder / PRETRAIN, listeners)
-    whole = _convert(work)
-    if job.fast:
-        compiled = job.schedule.epochs * len(work.fit.y) >= WORTH_COMPILING
-        fast(work.net, compiled=compiled)
-        if compiled:
-            work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])
-    listeners.on_stage(job.method.command_name(), job.schedule.epochs)
-    return _finish(work, whole, _train(work, job.schedule, folder, listeners))
+    with _where_to_write(folder) as work.folder:
+        if job.pretrain:
+            listeners.on_stage("plain", job.pretrain)
+            _train(work, work.plain, folder / PRETRAIN, listeners)
+        whole = _convert(work)
+        if job.fast:
+            compiled = job.schedule.epochs * len(work.fit.y) >= WORTH_COMPILING
+            fast(work.net, compiled=compiled)
+            if compiled:
+                work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])
+        listeners.on_stage(job.method.command_name(), job.schedule.epochs)
+        return _finish(work, whole, _train(work, job.schedule, folder, listeners))
+
+
+@contextmanager
+def _where_to_write(folder: Path) -> Iterator[Path]:
+    """`folder` for the first of processes that train together, and one that goes away for the others."""
+    if is_first_process():
+        yield folder
+    else:
+        with TemporaryDirectory() as other:
+            yield Path(other)
 
 
 def compress_together(jobs: Mapping[Path, Job], *, listeners: Listeners | None = None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -192,11 +193,10 @@ def train(
             write(folder, identity, _state(net, optimizer, elbo), history)
         accelerator.log(_scalars(history[-1], num_data), step=epoch)
         on_epoch(history[-1])
-    # DDP goes before its process group: as the group's last owner it would wait, holding the GIL, for threads that
-    # want the GIL.
     accelerator.free_memory()
     del model
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would take the process group from what follows, too
+        tracker.finish()
     return history
 
 
@@ -308,6 +308,17 @@ def accelerator_of(**options: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("the training loop", "cli") from error
     return Accelerator(**options)
+
+
+def is_first_process() -> bool:
+    """Whether this process trains alone, or is the first of those that a launcher such as torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end_process_group() -> None:
+    """Ends the group of processes that trained together, where there is one, once no net of it lives any more."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _scalars(epoch: Epoch, num_data: int) -> dict[str, float]:

@@ -109,6 +109,18 @@ def test_measure_builds_the_net_anew_where_a_run_keeps_no_original(finished, tmp
     assert gone.returncode == 1 and "must be the folder of a finished" in gone.stderr
 
 
+def test_two_processes_do_the_whole_road_and_the_first_alone_speaks(finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vardrop"]
+    command += ["compress", "lenet-300-100", "--validation", "100", "--out", str(tmp_path / "a"), *FAST]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything is in") == 1
+    run, alone = read_run(tmp_path / "a"), read_run(finished[0])
+    assert run["config"] == alone["config"] and run["pruned"]["error"] == run["compacted"]["error"]
+    assert abs(run["pruned"]["error"] - alone["pruned"]["error"]) < 0.1
+
+
 def test_a_report_says_what_is_missing_and_escapes_names(finished, tmp_path):
     folder, _ = finished
     run = read_run(folder)
