@@ -335,8 +335,10 @@ def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         one, other = stored.get(key), wanted.get(key)
         if one == other:
             continue
-        both = isinstance(one, Mapping) and isinstance(other, Mapping)
-        found += [f"{key}.{inner}" for inner in differing(one, other).split(", ")] if both else [key]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += [f"{key}.{inner}" for inner in differing(one, other).split(", ")]
+        else:
+            found.append(key)
     return ", ".join(found)
 
 
