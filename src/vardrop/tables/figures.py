@@ -32,6 +32,7 @@ class Figure:
         better: which way is better, or ``None`` where neither is.
         need: what must be measured after the run to have it, and where the record keeps that.
         counts: whether it counts parts of the net, so that a net of another width is not held against the paper's.
+        small: decimals that a figure below 10 shows, where that is more.
     """
 
     label: str
@@ -40,6 +41,16 @@ class Figure:
     better: Literal["lower", "higher"] | None = None
     need: Need | None = None
     counts: bool = False
+    small: int = 0
+
+    def decimals(self, value: float) -> int:
+        """Those that `value` shows.
+
+        >>> from vardrop.tables.figures import FIGURES
+        >>> [FIGURES["compression"].decimals(value) for value in (68.4, 1.34)]
+        [0, 2]
+        """
+        return max(self.digits, self.small) if abs(value) < 10.0 else self.digits
 
     def show(self, value: Value | None) -> str:
         """The figure as text; a list of layers is joined by dashes.
@@ -51,7 +62,7 @@ class Figure:
         if value is None:
             return DASH
         parts = value if isinstance(value, tuple) else (value,)
-        return "-".join(f"{part:,.{self.digits}f}" for part in parts)
+        return "-".join(f"{part:,.{self.decimals(part)}f}" for part in parts)
 
     def size(self, value: Value) -> float:
         """What is compared: the number itself, the sum over layers."""
@@ -65,7 +76,8 @@ class Figure:
     def alike(self, value: Value, other: Value, *spreads: float | None) -> bool:
         """Whether they differ by at most the standard deviations `spreads`, joined, or half the last decimal shown."""
         layers = len(value) if isinstance(value, tuple) else 1
-        slack = max(0.5 * 10.0**-self.digits * layers, math.hypot(*(spread or 0.0 for spread in spreads)))
+        decimals = self.decimals(max(abs(self.size(value)), abs(self.size(other))))
+        slack = max(0.5 * 10.0**-decimals * layers, math.hypot(*(spread or 0.0 for spread in spreads)))
         return abs(self.size(value) - self.size(other)) <= slack * (1 + 1e-9)
 
 
@@ -191,7 +203,7 @@ def _memory(record: Mapping[str, Any]) -> Value | None:
 
 FIGURES = {
     "error": Figure("test error, %", lambda record: 100.0 * record["pruned"]["error"], 2, "lower"),
-    "compression": Figure("compression", lambda record: record["pruned"]["compression"], 0, "higher"),
+    "compression": Figure("compression", lambda record: record["pruned"]["compression"], 0, "higher", small=2),
     "sparsity_per_layer": Figure("sparsity per layer, %", _sparsity, 2),
     "sparsity": Figure(
         "sparsity, %",

@@ -194,7 +194,7 @@ def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, seeds: i
 
 
 def _with_std(figure: Figure, value: Any, std: float | None) -> str:
-    spread = "" if std is None or value is None or isinstance(value, tuple) else f" ± {std:,.{figure.digits}f}"
+    spread = "" if std is None or value is None or isinstance(value, tuple) else f" ± {std:,.{figure.decimals(value)}f}"
     return figure.show(value) + spread
 
 
