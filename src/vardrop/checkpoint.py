@@ -41,15 +41,25 @@ class Epoch:
     units: str = ""
 
 
-def write(folder: Path, identity: str, state: Mapping[str, Any], history: list[Epoch]) -> None:
-    """Replaces history and checkpoint in `folder`: `state`, and that of torch's random numbers."""
+def write(
+    folder: Path, identity: str, state: Mapping[str, Any], history: list[Epoch], *, apart: int | None = None
+) -> None:
+    """Replaces history and checkpoint in `folder`: `state`, and that of torch's random numbers.
+
+    A run that trains beside others may go on alone, and must not draw what they draw then: `apart` seeds its numbers.
+    """
     lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in history)
+    random = torch.get_rng_state()
+    random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    if apart is not None:
+        random = torch.Generator().manual_seed(apart).get_state()
+        random_cuda = [torch.Generator(f"cuda:{at}").manual_seed(apart).get_state() for at in range(len(random_cuda))]
     checkpoint = {
         "format": FORMAT,
         "identity": identity,
         **state,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": random,
+        "random_cuda": random_cuda,
         "history": [asdict(epoch) for epoch in history],
     }
     replace_file(folder / HISTORY, lambda path: path.write_text(lines))

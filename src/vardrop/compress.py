@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vardrop.checkpoint import Epoch
 from vardrop.errors import CompactionWarning, InvalidValueError, StorageError
-from vardrop.fast import compile_seconds, fast
+from vardrop.fast import compile_seconds, fast, has_fast_bfloat16
 from vardrop.files import FIRST_LAYER, HISTOGRAMS, PART, RUN, replace_file, size_on_disk
 from vardrop.io import load_weights, methods_by_layer, save
 from vardrop.measure import count_nonzero, count_parameters, flops, living_units, open_units
@@ -154,10 +154,12 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
             _train(work, work.plain, folder / PRETRAIN, listeners)
         whole = _convert(work)
         if job.fast:
+            device = accelerator_of().device
             compiled = job.schedule.epochs * len(work.fit.y) >= WORTH_COMPILING
-            fast(work.net, compiled=compiled)
+            fast(work.net.to(device), compiled=compiled)
             if compiled:
-                work.facts["compile_seconds"] = compile_seconds(work.net, work.fit.x[: job.schedule.batch_size])
+                example = work.fit.x[: job.schedule.batch_size].to(device)
+                work.facts["compile_seconds"] = compile_seconds(work.net, example)
         listeners.on_stage(job.method.command_name(), job.schedule.epochs)
         return _finish(work, whole, _train(work, job.schedule, folder, listeners))
 
@@ -236,7 +238,7 @@ class _Work:
 
 def _begin(job: Job, folder: Path, data: Data | None = None) -> _Work:
     """The net before its training, and the data, which are read where they are not given."""
-    _check_folder(folder, job)
+    check_folder(folder, job)
     facts = {"commit": _commit(), "original": None, "compile_seconds": 0.0}
     data = data or load_data(job.data, data_root=job.data_root)
     torch.manual_seed(job.schedule.seed)
@@ -342,7 +344,7 @@ def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def _check_folder(folder: Path, job: Job) -> None:
+def check_folder(folder: Path, job: Job) -> None:
     """Raises unless `folder` is free, or holds this very job."""
     path = folder / CONFIG
     if path.exists():
@@ -351,6 +353,8 @@ def _check_folder(folder: Path, job: Job) -> None:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise StorageError(f"{path} is not readable JSON: choose another folder") from error
+        if not isinstance(stored, dict):
+            raise StorageError(f"{path} is no configuration of a run: choose another folder")
         if stored != wanted:
             raise StorageError(
                 f"{folder} holds another run (it differs in {differing(stored, wanted)}): choose another folder"
@@ -485,4 +489,5 @@ def _machine() -> dict[str, Any]:
         "system": platform.system(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "fast_bfloat16": has_fast_bfloat16(accelerator_of().device),  # then the fast path has its variances in it
     }

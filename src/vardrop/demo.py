@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vardrop.compare import onnx_call
-from vardrop.compress import ORIGINAL, Job, Listeners, compress
+from vardrop.compress import ORIGINAL, Job, Listeners, check_folder, compress
 from vardrop.evaluate import load_small
 from vardrop.export import export_onnx
 from vardrop.files import RUN, read_run, replace_file
@@ -43,6 +43,7 @@ def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
     trained again, only measured.
     """
     job = Job(net=NET, data="digits", method=SparseVD(train_clip=True), schedule=SCHEDULE, pretrain=PRETRAIN_EPOCHS)
+    check_folder(folder, job)
     run = read_run(folder) if (folder / RUN).exists() else compress(job, folder, listeners=listeners)
     data = load_data(job.data)
 

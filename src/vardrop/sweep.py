@@ -212,7 +212,9 @@ def _study(
     Raises:
         StorageError: there is one of this name that searches something else, or the storage is none.
     """
-    place = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    from sqlalchemy import URL
+
+    place = storage or str(URL.create("sqlite", database=str((folder / "study.db").resolve())))
     try:
         study: Study = optuna.create_study(
             study_name=f"{job.net} {job.data} {job.method.command_name()} {against}",

@@ -87,8 +87,10 @@ def train_together(
         raise ApartError(f"these runs cannot train together: {obstacle}; train them one by one")
     stored = [read(member.folder, member.identity) for member in members]
     histories = [[] if found is None else epochs_in(found) for found in stored]
-    for done in sorted({len(history) for history in histories}):
-        at = [index for index, history in enumerate(histories) if len(history) == done]
+    groups: dict[int, list[int]] = {}
+    for index, history in enumerate(histories):
+        groups.setdefault(len(history), []).append(index)
+    for _, at in sorted(groups.items()):
         _train(
             [members[index] for index in at],
             [stored[index] for index in at],
@@ -200,7 +202,8 @@ def _train(
                     "optimizer": _part(optimizer.state_dict(), index),
                     "elbo": elbo.state_dict(),
                 }
-                write(member.folder, member.identity, state, histories[index])
+                apart = None if index == 0 else 1_000_003 * member.schedule.seed + epoch
+                write(member.folder, member.identity, state, histories[index], apart=apart)
 
 
 def _one_epoch(

@@ -112,6 +112,7 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
     def to(self, device: torch.device) -> None: ...
+    def share(self, processes: int) -> None: ...
 
 
 def train(
@@ -144,7 +145,7 @@ def train(
         on_epoch: called after every epoch with its line of the history, and first with the last stored one.
 
     Raises:
-        InvalidValueError: the net is to shrink, but in several processes.
+        InvalidValueError: the net is to shrink, but in several processes, or these have too few examples a step.
         MissingExtraError: accelerate is not installed.
         TrainingError: the loss is no longer finite; names the first layer concerned and the step.
         StorageError: the checkpoint is foreign or damaged, or cannot be written.
@@ -153,6 +154,11 @@ def train(
     batches.to(accelerator.device)
     if schedule.shrink_every is not None and accelerator.num_processes > 1:
         raise InvalidValueError(f"shrink_every={schedule.shrink_every}: a net can shrink in a single process only")
+    if accelerator.num_processes > 1 and schedule.batch_size < 2 * accelerator.num_processes:
+        raise InvalidValueError(
+            f"batch_size={schedule.batch_size}: must give each of {accelerator.num_processes} processes two examples"
+        )
+    batches.share(accelerator.num_processes)
     whole = whole or count_alive(net)
     optimizer = schedule.optimizer(net)
     shares = [group["lr"] / schedule.lr for group in optimizer.param_groups]
@@ -166,7 +172,7 @@ def train(
         elbo.step_epoch()
         batches.set_epoch(epoch)
         if accelerator.process_index:  # the first process draws on from its stored state, the others draw apart from it
-            torch.manual_seed(schedule.seed + 1_000_003 * epoch + accelerator.process_index)
+            torch.manual_seed((1_000_003 * schedule.seed + epoch) * 1_009 + accelerator.process_index)
         if schedule.shrink_every and epoch and epoch % schedule.shrink_every == 0:
             example = next(iter(batches))[0][:2].to(accelerator.device)
             shrink(net, optimizer, example)
@@ -307,7 +313,8 @@ def accelerator_of(**options: str) -> Any:
         from accelerate import Accelerator
     except ImportError as error:
         raise MissingExtraError("the training loop", "cli") from error
-    return Accelerator(**options)
+    cpu = not torch.accelerator.is_available()  # unless it is said, processes on a CPU do not find each other
+    return Accelerator(cpu=cpu, **options)
 
 
 def is_first_process() -> bool:

@@ -304,7 +304,8 @@ def test_seeds_of_a_row_train_together_where_the_method_allows_and_else_one_by_o
     assert {path.name for path in (tmp_path / "out" / "own" / "bb").glob("*.log")} == {"full-seed-0.log"}
 
 
-def test_a_seed_that_fails_stops_no_other_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reason", [ApartError, TrainingError])
+def test_a_seed_that_fails_stops_no_other_one(tmp_path, monkeypatch, reason):
     own = recipes(tmp_path / "own")
     cells = cells_of([load_tables(own)["own"]], "full", 3, ["Plain"])
     options = Options(tmp_path / "out", recipes=own)
@@ -316,7 +317,7 @@ def test_a_seed_that_fails_stops_no_other_one(tmp_path, monkeypatch):
         return usual(job, folder)
 
     def apart(jobs):
-        raise ApartError("not these")
+        raise reason("not these")
 
     monkeypatch.setattr(runner, "compress", fails)
     monkeypatch.setattr(runner, "compress_together", apart)

@@ -84,9 +84,11 @@ def test_the_front_is_what_no_trial_beats_and_a_study_goes_on(tmp_path, against)
 
 def test_a_finished_study_runs_nothing_and_another_one_is_refused(tmp_path):
     pytest.importorskip("optuna")
+    tmp_path = tmp_path / "what? {50 %}"
     search, seen = parse_search(["threshold=0.001:0.3:log"], JOB), []
     front = sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append)
     assert sweep(JOB, search, tmp_path, trials=1, on_trial=seen.append) == front and len(seen) == 1
+    assert (tmp_path / "study.db").stat().st_size > 0
     longer = replace(JOB, schedule=replace(SCHEDULE, epochs=3))
     with pytest.raises(StorageError, match=r"differs in schedule"):
         sweep(longer, search, tmp_path, trials=2)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.baselines import baselines
-from vardrop.checkpoint import HISTORY
+from vardrop.checkpoint import CHECKPOINT, HISTORY
 from vardrop.compress import Job, compress, compress_together, error_and_nll
 from vardrop.errors import ApartError, TrainingError
 from vardrop.methods import methods
@@ -163,6 +164,26 @@ def test_single_runs_take_up_checkpoints_and_stragglers_catch_up(tmp_path):
     histories = train_together(members(tmp_path, make), num_data=100)
     assert [len(history) for history in histories] == [3, 3, 3]
     assert figures(alone(members(tmp_path, make)[0])) == figures(histories[0])
+
+
+def test_a_straggler_keeps_what_it_learns_beside_one_that_is_done(tmp_path):
+    make = lambda: vd.convert(plain(), vd.ARD())  # noqa: E731
+    begun, done = members(tmp_path, make, seeds=(0, 1))
+    alone(done)
+    with pytest.raises(KeyboardInterrupt):
+        alone(replace(begun, evaluate=Mock(side_effect=[(None, 0.5), KeyboardInterrupt])))
+    found = members(tmp_path, make, seeds=(0, 1))
+    assert [len(history) for history in train_together(found, num_data=100)] == [3, 3]
+    for member in found:
+        stored = torch.load(member.folder / CHECKPOINT, weights_only=True)
+        assert len(stored["history"]) == 3
+        torch.testing.assert_close(dict(member.net.state_dict()), dict(stored["model"]), rtol=0.0, atol=0.0)
+
+
+def test_members_that_go_on_alone_draw_apart(tmp_path):
+    train_together(members(tmp_path), num_data=100)
+    states = [torch.load(tmp_path / str(seed) / CHECKPOINT, weights_only=True)["random"] for seed in range(3)]
+    assert all(not torch.equal(states[one], states[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_a_loss_that_is_not_finite_names_the_seed(tmp_path):

@@ -259,6 +259,12 @@ def test_no_example_is_left_alone_at_the_end_of_an_epoch(count, size, sizes):
     assert [len(y) for _, y in batches] == sizes and len(batches) == len(sizes)
 
 
+def test_each_of_several_processes_has_two_examples_of_every_minibatch():
+    batches = Batches(Split(torch.arange(50.0), torch.arange(50)), 15, seed=0)
+    batches.share(3)
+    assert [len(y) for _, y in batches] == [15, 15, 20]
+
+
 def test_all_examples_stay_on_the_device_where_they_find_room():
     batches = Batches(Split(torch.arange(10.0), torch.arange(10)), 4, seed=3)
     batches.to(torch.device("meta"))

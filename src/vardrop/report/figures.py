@@ -55,7 +55,8 @@ def training_curves(history: list[dict[str, Any]]) -> Figure:
     ):
         axis.plot(epochs, [entry[key] for entry in history])
         _title(axis, title)
-    axes[2].set_yscale("log")
+    if any(entry["kl"] > 0 for entry in history):
+        axes[2].set_yscale("log")
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
     return figure

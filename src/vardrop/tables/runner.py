@@ -142,8 +142,8 @@ def epochs_done(cell: Cell, folder: Path) -> int:
 def run_seeds(cells: Sequence[Cell], options: Options) -> None:
     """Trains the `cells` of one run in this process, or goes on where they were broken off; finished ones stay.
 
-    Several seeds train together, unless their method does not allow it: then one after the other, and one that fails
-    does not stop the rest.
+    Several seeds train together, unless their method does not allow it, or one of them fails: then one after the
+    other, and one that fails does not stop the rest.
 
     Raises:
         BusyError: another process works on one of them.
@@ -160,7 +160,7 @@ def run_seeds(cells: Sequence[Cell], options: Options) -> None:
             if not (options.folder / cell.place / RUN).exists()
         }
         if len(jobs) > 1:
-            with suppress(ApartError):
+            with suppress(ApartError, TrainingError):  # of a seed that diverges the others learn nothing
                 compress_together(jobs)
                 jobs = {}
         failed: dict[int, VardropError] = {}

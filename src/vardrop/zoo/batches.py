@@ -14,7 +14,7 @@ class Batches:
     """Shuffled minibatches of a split; the order of an epoch depends on nothing but `seed` and its number.
 
     So a run that was broken off goes on with the very batches that it would have seen. A single example left at the end
-    joins the batch before it: batch-norm cannot train on one alone.
+    joins the batch before it: batch-norm cannot train on one alone, nor can one of several `processes`.
     """
 
     def __init__(self, split: Split, batch_size: int, *, seed: int) -> None:
@@ -22,6 +22,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        self.processes = 1
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass."""
@@ -30,6 +31,10 @@ class Batches:
     def to(self, device: torch.device) -> None:
         """Keeps all examples on `device`, where they find room there; else each minibatch is brought when it is due."""
         self.split = self.split.on(device)
+
+    def share(self, processes: int) -> None:
+        """Makes every minibatch large enough for so many `processes` to have two examples of it each."""
+        self.processes = processes
 
     def __len__(self) -> int:
         return len(self._sizes())
@@ -43,6 +48,6 @@ class Batches:
     def _sizes(self) -> list[int]:
         whole, left = divmod(len(self.split.y), self.batch_size)
         sizes = [self.batch_size] * whole + [left] * (left > 0)
-        if left == 1 and whole:
-            sizes[-2:] = [self.batch_size + 1]
+        if whole and 0 < left < 2 * self.processes:
+            sizes[-2:] = [self.batch_size + left]
         return sizes
