@@ -117,8 +117,8 @@ def _floor(found: dict[str, Any]) -> str:
     lines = [
         "## The floor\n\nA Bayesian step of a dense layer needs the three matmuls of a plain one and three more for "
         "the variance. It must read the mean and log std (8 bytes a weight) in the forward pass, and read them again "
-        "with two gradients (4 and 2 bytes) and write two (8 bytes) in the backward: 30 bytes a weight, the narrow "
-        "variance written and twice read (6 bytes) not to be avoided by a matmul library that takes whole matrices.\n",
+        "with two gradients (4 and 2 bytes) and write two (8 bytes) in the backward: 30 bytes a weight, and 6 more for "
+        "the narrow variance, written once and read twice, since a matmul library takes whole matrices: 36 in all.\n",
         "| layer | plain matmuls, GFLOP | bytes over weights, MB | measured beyond plain, ms |",
         "|---|---|---|---|",
     ]

@@ -1,6 +1,6 @@
 """Where nets keep what they know: python results/information_flow.py RUN... [--data-root ROOT] [--samples 20]
 
-One layer at a time loses its means, or the places of its standard deviations, and the net is evaluated without any
+One layer at a time loses its means, or has its standard deviations permuted, and the net is evaluated without any
 further training, in one deterministic pass and by an ensemble (arXiv:1803.03764). Stores the figures in
 results/information_flow.json and makes docs/variance_networks.md of them. With --write instead of runs, the page is
 made anew of what is stored.
@@ -80,10 +80,11 @@ def page(stored: dict[str, Any]) -> str:
         "A variance network has weights of mean zero: all that it has learned lies in how much they vary. One "
         "deterministic pass then tells nothing, and an ensemble over draws tells everything (arXiv:1803.03764). The "
         "tables `variance-classification` and `variance-parameterisations` are in [tables.md](tables.md).\n\n"
-        "## Where it is kept\n\nTest accuracy after one layer has lost its means or the places of its standard "
-        "deviations, without any further training. Made by `python results/information_flow.py --write` from "
+        "## Where it is kept\n\nTest accuracy after one layer has lost its means, or has its standard deviations "
+        "permuted, without any further training. Made by `python results/information_flow.py --write` from "
         "`results/information_flow.json`; `python results/information_flow.py RUN...` evaluates finished runs anew. "
-        f"Torch {stored['torch']}.\n\n{table(stored)}\n{runs}\n\n## Two units and four classes\n\n"
+        f"Layer 9 of `lenet-5-bn` is its first dense one, of `lenet-5` its last. Torch {stored['torch']}.\n\n"
+        f"{table(stored)}\n{runs}\n\n## Two units and four classes\n\n"
         "Samples of the two units of a zero-mean layer for points of four classes, from several starts: all that a "
         "unit can say is how far from zero it falls. Drawn by "
         "`python results/variance_toy.py docs/variance_toy.svg`.\n\n"

@@ -63,7 +63,8 @@ def page(stored: dict[str, Any]) -> str:
         "Each figure is original over small, both timed in the same run: median of "
         f"{stored['repeats']} calls, batch size and threads as named, plain torch {stored['torch']} in eager mode and "
         f"onnxruntime, on one {stored['processor']} machine. FLOPs are twice the multiplications of one example. Units "
-        "are those that a gate left, or else those of the small net.\n\n"
+        "are those that a gate left, or else, where the runs kept them, those of the small net. The nets are those of "
+        "earlier runs than the ones of the same names in [tables.md](tables.md).\n\n"
         f"{table(stored)}\n## The runs\n\n" + "\n".join(map(pages.line, stored["runs"])) + "\n"
     )
 

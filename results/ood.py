@@ -64,20 +64,19 @@ def table(stored: dict[str, Any]) -> str:
 def page(stored: dict[str, Any]) -> str:
     """The whole of docs/uncertainty.md."""
     runs = [
-        f"{pages.line(run)}; strange inputs are the test split of `{run['evaluation']['ood']}`"
-        for run in stored["runs"]
+        f"{pages.line(run)}; OOD inputs are the test split of `{run['evaluation']['ood']}`" for run in stored["runs"]
     ]
     return (
         "# Does the net know when it does not know?\n\n"
         "Made by `python results/ood.py --write` from `results/ood.json`; `python results/ood.py RUN... --ood DATA` "
         "evaluates finished runs anew.\n\n"
         "Error, negative log-likelihood, Brier score and expected calibration error (15 bins, arXiv:1706.04599) are "
-        "those of the test data. AUROC is the chance that a strange input looks less certain than one of the test data "
-        "(arXiv:1610.02136), by the entropy of the prediction or by the mutual information of label and weights, which "
+        "those of the test data. AUROC is the chance that an input unlike them (OOD) looks less certain than one of "
+        "them (arXiv:1610.02136), by the entropy of the prediction or by the mutual information of label and weights, which "
         "only an ensemble has. Deterministic is one pass with the noise at its mean; nothing was tuned on these "
-        "figures. The runs differ in net and schedule too, as listed below, so that rows of different runs do not rank "
+        "figures. The runs differ in net and schedule too, so that rows of different runs do not rank "
         f"the methods. Torch {stored['torch']}.\n\n"
-        f"{table(stored)}\n![Uncertainty on the test data and on strange inputs]({PICTURE})\n\n## The runs\n\n"
+        f"{table(stored)}\n![Uncertainty on the test data and on OOD inputs]({PICTURE})\n\n## The runs\n\n"
         + "\n".join(runs)
         + "\n"
     )

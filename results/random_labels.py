@@ -35,6 +35,7 @@ def draw(tables: list[Table], stored: Found) -> Figure:
                 alive.plot(epochs, [100.0 / epoch["compression"] for epoch in history], c=f"C{index}")
         error.set_title(table.title, fontsize=9, loc="left")
         error.set_ylabel("training error under noise, %")
+        error.set_ylim(0.0, 100.0)
         alive.set_ylabel("weights alive, %")
         alive.set_yscale("log")
         error.legend(frameon=False, fontsize=8)

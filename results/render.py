@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from vardrop.tables import Found, find_run, load_tables, stored_in
-from vardrop.tables.page import LEGEND, contents, markdown
+from vardrop.tables.figures import FIGURES, join
+from vardrop.tables.page import contents, legend, markdown
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -18,20 +19,33 @@ PICTURES = {
     "2): `python results/trade_off.py`.",
     "dependent_gates.svg": "Dependent beta-Bernoulli dropout on LeNet-500-300: how far each layer's gates open for "
     "each class, and how alike the classes are to them (arXiv:1805.10896, figures 2 and 4): "
-    "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`.",
+    "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`, after `vardrop "
+    "reproduce bb-2-fc --row DBB`.",
     "random_labels.svg": "What is learned by heart from labels that mean nothing (arXiv:1701.05369): the paper's "
-    "dropout memorises them all, given more time than these runs had; sparse variational dropout throws its weights "
+    "dropout memorises them all, which these runs were too short for; sparse variational dropout throws its weights "
     "away: `python results/random_labels.py`.",
     "emptying.png": "LeNet-5-Caffe as it empties under sparse variational dropout: the filters of its first layer and "
     "a corner of its dense one ([as an animation](emptying.gif)): `python results/emptying.py runs/emptying`.",
-    "vgg_width.svg": "Error and sparsity of the VGG-like net over its width, a single seed; 20 epochs without noise, "
-    "and as many again of the method, which starts from that net: `python results/vgg_width.py`.",
+    "vgg_width.svg": "Error and sparsity of the VGG-like net at the widths that were run, a single seed; 20 epochs "
+    "without noise, and as many again of the method, which starts from that net: `python results/vgg_width.py`.",
 }
+SHOWN = ("error", "compression")
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
+
+
+def seeds(place: dict[str, str], stored: Found) -> str:
+    """The same row of a table at the full budget, where it ran with several seeds."""
+    records = stored.of(find_run(place["id"], place["row"]), "full")
+    joined = {name: join([FIGURES[name].read(record) for record in records.values()], "mean") for name in SHOWN}
+    if len(records) < 2:
+        return ""
+    error, compression = (joined[name] for name in SHOWN)
+    return f"; {len(records)} seeds by the fast path: {error.value:.2f} ± {error.std:.2f} %, {compression.value:.0f}x"
 
 
 def table() -> str:
     """One row for each stored run named in rows.json."""
+    stored = found()
     lines = [
         "| run | paper: error, compression | error here | compression | the small plain net | compacted |",
         "|---|---|---|---|---|---|",
@@ -44,10 +58,11 @@ def table() -> str:
         pruned, small = run["pruned"], run["compacted"]
         largest = small["largest_difference"]
         same = f"outputs differ by at most {largest:.0e}" if largest else "the same outputs to the bit"
+        several = seeds(row["table"], stored) if "table" in row else ""
         paper = "{error:.2f} %, {compression}x ({source})".format(**row["paper"]) if "paper" in row else ""
         lines.append(
             f"| {row['title']} | {paper} "
-            f"| {100 * pruned['error']:.2f} % | {pruned['compression']:.1f}x "
+            f"| {100 * pruned['error']:.2f} %{several} | {pruned['compression']:.1f}x "
             f"| {small['parameters']:,} parameters, {small['bytes']:,} bytes "
             f"| {100 * small['error']:.2f} %, {same} |"
         )
@@ -91,8 +106,9 @@ def tables_page() -> str:
     return (
         "# The tables of the papers, made again\n\nThe 25 result tables of the seven papers behind this library, with "
         "the papers' figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
-        "`--budget full` follows the paper's schedule, `short` a fraction of it; runs of other lengths name theirs. "
-        f"This page is made by `python results/render.py --write`.\n\n{LEGEND}\n\n"
+        "`--budget full` follows the paper's schedule as far as it is known, `short` a fraction of it, for some tables "
+        "on a narrower net; runs of other lengths name theirs. "
+        f"This page is made by `python results/render.py --write`.\n\n{legend()}\n"
         + contents(tables, stored)
         + "\n"
         + "\n".join(markdown(table, stored) for table in tables)

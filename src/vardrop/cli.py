@@ -66,9 +66,10 @@ def compress(
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of gates; default: the same")] = None,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty on the net's own parameters")] = 0.0,
-    clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of a step's gradient; default: none")] = None,
     shrink_every: Annotated[
-        int | None, typer.Option(help="Epochs after which dead units leave the net for good, again and again")
+        int | None,
+        typer.Option(help="Epochs after which dead units leave the net for good, again and again; default: never"),
     ] = None,
     decay_from: Annotated[
         int | None,
@@ -76,10 +77,10 @@ def compress(
     ] = None,
     warmup_start: Annotated[
         int | None,
-        typer.Option(help="Last epoch without KL; default: a fifth of the run, or of --warmup-epochs a quarter"),
+        typer.Option(help="Last epoch without KL; default: a quarter of --warmup-epochs, at most a fifth of the run"),
     ] = None,
     warmup_epochs: Annotated[
-        int | None, typer.Option(help="Epoch of the full KL; default: four fifths of the run")
+        int | None, typer.Option(help="Epoch from which the KL is whole; default: four fifths of the run")
     ] = None,
     kl_factor: Annotated[float, typer.Option(help="Constant factor on the KL")] = 1.0,
     pretrain: Annotated[int, typer.Option(help="Epochs of plain training before the conversion")] = 0,
@@ -220,7 +221,9 @@ def reproduce(
         list[str] | None, typer.Option(help="Only this column of a table whose columns are networks; may be repeated")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each row, with seeds from 0; 0 only shows what is there")] = 5,
-    budget: Annotated[Literal["full", "short"], typer.Option(help="The paper's schedule, or a short one")] = "full",
+    budget: Annotated[
+        Literal["full", "short"], typer.Option(help="The paper's schedule as far as known, or a short one")
+    ] = "full",
     jobs: Annotated[int, typer.Option(help="Runs side by side")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train")] = "auto",
     data_root: DataRoot = None,
@@ -331,12 +334,13 @@ def list_methods() -> None:
     console.print(
         "[bold]Networks:[/bold] "
         + ", ".join(NETS)
-        + "; a size may follow, such as mlp-340 or vgg-like-0.125; or your own: file.py:function"
+        + "; mlp, char-lstm and word-lstm want a size, as in mlp-340, vgg-like and conv-small may have a scale, as in "
+        "vgg-like-0.125; or your own: file.py:function"
     )
     console.print(
         "[bold]Data:[/bold] "
         + ", ".join(DATASETS)
-        + ", another Hub id, or your own: file.py:function; NAME:random-labels"
+        + ", another Hub id, or your own: file.py:function; NAME:random-labels draws the labels of NAME at random"
     )
 
 

@@ -285,7 +285,7 @@ def test_a_budget_may_have_a_net_of_its_own_which_is_said(tmp_path):
 def test_claims_hold_fail_or_are_not_run(tmp_path):
     table = tables_in(tmp_path / "own")
     claims = [claim for claim, _ in verdicts(table, Found())]
-    assert claims == ["A is better than B in test error, %", "B is better than every other row in compression"]
+    assert claims == ["A is better than B in test error (%)", "B is better than every other row in compression"]
 
     def said(**figures):
         return [verdict for _, verdict in verdicts(table, found_of(table, **figures))]
@@ -295,7 +295,7 @@ def test_claims_hold_fail_or_are_not_run(tmp_path):
         "holds (full, single seed)",
         "holds (full, single seed; without C|D)",
     ]
-    assert said(A=[(4.1, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full, single seed)"
+    assert said(A=[(4.1, 40.0)], B=[(4.0, 30.0)])[0] == "does not hold here (full, single seed; against B)"
     assert said(A=[(4.0, 40.0)], B=[(4.0, 30.0)])[1].startswith("does not hold here (full")
 
 
@@ -309,6 +309,17 @@ def test_a_claim_is_too_close_to_say_within_the_deviations_or_what_is_shown(tmp_
     assert said(A=[(4.004, 8.0)], B=[(4.0, 30.0)]) == "too close to say (full, single seed; close to B)"
     assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.4, 30.0), (3.6, 30.0)]) == "too close to say (full; close to B)"
     assert said(A=[(3.0, 8.0), (3.4, 8.0)], B=[(3.6, 30.0), (3.8, 30.0)]) == "holds (full)"
+
+
+def test_a_difference_of_single_seeds_that_few_test_examples_make_is_too_close_to_say(tmp_path):
+    table = tables_in(tmp_path, **{'data = "digits"': 'data = "ylecun/mnist"'})
+
+    def said(**figures):
+        return verdicts(table, found_of(table, **figures))[0][1]
+
+    assert said(A=[(4.0, 8.0)], B=[(4.2, 30.0)]) == "too close to say (full, single seed; close to B)"
+    assert said(A=[(4.0, 8.0)], B=[(4.4, 30.0)]) == "holds (full, single seed)"
+    assert said(A=[(4.0, 8.0), (4.0, 8.0)], B=[(4.2, 30.0), (4.2, 30.0)]) == "holds (full)"
 
 
 def test_a_claim_on_a_figure_that_no_run_has_is_told_from_one_that_is_not_run(tmp_path):

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from vardrop.errors import DataError, StorageError
 from vardrop.files import make_folder, replace_file
-from vardrop.tables.page import LEGEND, markdown, page
+from vardrop.tables.page import legend, markdown, page
 from vardrop.tables.recipes import Budget, Cell, find_tables
 from vardrop.tables.runner import Options, Watch, cells_of, run_cells
 from vardrop.tables.show import beside, watching
@@ -77,7 +77,7 @@ def reproduce(
             console.print(part)
         where = options.folder / table.id
         for path, text in (
-            (where / "table.md", f"{markdown(table, found)}\n{LEGEND}\n"),
+            (where / "table.md", f"{markdown(table, found)}\n{legend()}"),
             (where / "table.html", page([table], found)),
         ):
             replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]

@@ -18,6 +18,7 @@ DASH = "—"
 TIMED_BATCH, TIMED_THREADS = 128, 1
 ENSEMBLE = 20
 """Draws."""
+TEST_EXAMPLES = {"ylecun/mnist": 10_000, "uoft-cs/cifar10": 10_000, "uoft-cs/cifar100": 10_000}
 TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
 
 
@@ -33,6 +34,7 @@ class Figure:
         need: what must be measured after the run to have it, and where the record keeps that.
         counts: whether it counts parts of the net, so that a net of another width is not held against the paper's.
         small: decimals that a figure below 10 shows, where that is more.
+        sampled: whether it is a percentage of the test examples.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Figure:
     need: Need | None = None
     counts: bool = False
     small: int = 0
+    sampled: bool = False
 
     def decimals(self, value: float) -> int:
         """Those that `value` shows.
@@ -72,6 +75,18 @@ class Figure:
         """Whether `value` is better than `other`."""
         less = self.size(value) < self.size(other)
         return less if self.better == "lower" else self.size(value) > self.size(other)
+
+    def deviation(self, joined: Joined, examples: int) -> float | None:
+        """That of the seeds; of a single one that which so many test examples leave to chance, where it is known.
+
+        >>> from vardrop.tables.figures import FIGURES, Joined
+        >>> round(FIGURES["error"].deviation(Joined(0.8, None, 1), 10_000), 2)
+        0.09
+        """
+        if joined.std is not None or not self.sampled or not examples:
+            return joined.std
+        share = self.size(joined.value) / 100.0
+        return 100.0 * math.sqrt(share * (1.0 - share) / examples)
 
     def alike(self, value: Value, other: Value, *spreads: float | None) -> bool:
         """Whether they differ by at most the standard deviations `spreads`, joined, or half the last decimal shown."""
@@ -202,7 +217,7 @@ def _memory(record: Mapping[str, Any]) -> Value | None:
 
 
 FIGURES = {
-    "error": Figure("test error, %", lambda record: 100.0 * record["pruned"]["error"], 2, "lower"),
+    "error": Figure("test error, %", lambda record: 100.0 * record["pruned"]["error"], 2, "lower", sampled=True),
     "compression": Figure("compression", lambda record: record["pruned"]["compression"], 0, "higher", small=2),
     "sparsity_per_layer": Figure("sparsity per layer, %", _sparsity, 2),
     "sparsity": Figure(
@@ -225,9 +240,9 @@ FIGURES = {
     "elbo": Figure("ELBO, nats", _elbo, 0, "higher"),
     "deterministic_accuracy": Figure("deterministic accuracy, %", _accuracy("trained", "error"), 1),
     "stochastic_accuracy": Figure(
-        "stochastic accuracy, %", _accuracy("ensemble", "1", "error"), 1, "higher", "ensemble"
+        "stochastic accuracy, %", _accuracy("ensemble", "1", "error"), 1, "higher", "ensemble", sampled=True
     ),
     "ensemble_accuracy": Figure(
-        "ensemble accuracy, %", _accuracy("ensemble", str(ENSEMBLE), "error"), 1, "higher", "ensemble"
+        "ensemble accuracy, %", _accuracy("ensemble", str(ENSEMBLE), "error"), 1, "higher", "ensemble", sampled=True
     ),
 }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vardrop.tables.figures import DASH, Figure, Joined, join, mark
+from vardrop.tables.figures import DASH, TEST_EXAMPLES, Figure, Joined, join, mark
 from vardrop.tables.recipes import Ordering, Row, Table
 from vardrop.tables.store import Found
 
@@ -17,16 +17,22 @@ HOLDS, FAILS, CLOSE = "holds", "does not hold here", "too close to say"
 NOT_RUN, NO_FIGURE = "not run", "not to be had here"
 LEGEND = (
     "Ours is the mean over the seeds, or the median where the table says so, with the sample standard deviation where "
-    "there are several; in brackets the seeds of a figure that has fewer than its line; a list is layer by layer. "
-    "*within*: it differs from the paper's figure by no more than both standard deviations joined, as the root of the "
-    "sum of their squares (one seed has none, nor has a paper that prints none), or than half of the last decimal "
+    "there are several; in brackets the seeds of a figure that has fewer than its line. A list is layer by layer. An "
+    "em-dash: no figure.",
+    "*within*: ours differs from the paper's figure by no more than both standard deviations joined, as the root of "
+    "the sum of their squares (one seed has none, nor has a paper that prints none), or than half of the last decimal "
     "shown. *better* and *short by*: beyond that, to the one side or the other; *off by* where no side is better. "
     "Lists of units are compared by their sums, which have deviations that are not shown, and half a decimal of each "
-    "layer. Runs *after* another row start from its net. Speed-ups on a CPU are timed when a run ends, perhaps beside "
-    "others. A claim is too close to say where rows that it compares differ no more than that, and none the other way; "
-    "in brackets stand the budget of the runs, the rows that were not run (without), or only in part (in part "
-    "against), and those that differ no more than that (close to). A verdict that rests on a single seed says so: "
-    "another seed may overturn it. An em-dash: no figure."
+    "layer.",
+    "Runs *after* another row start from a net trained by its recipe; for some that net was trained anew, and its "
+    "error differs a little from the one shown.",
+    "A claim *holds*, or *does not hold here*, where rows differ by more than that; of an error or an accuracy of a "
+    "single seed the deviation is then what the number of test examples leaves to chance. It is *too close to say* "
+    "where some row that it is compared with differs no more, and none the other way. In brackets: the budget; the "
+    "rows that are better (against) or too close (close to); those that were not run (without), or only in some of "
+    "the columns (only in part compared with). A verdict that rests on a single seed says so: another seed may "
+    "overturn it.",
+    "Speed-ups on a CPU are timed when a run ends, perhaps beside others.",
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667; --line: #8883; --ground: #fff; }
@@ -102,13 +108,19 @@ def _grid(rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
+def legend() -> str:
+    """What the words in a table mean, in Markdown."""
+    return "".join(f"- {text}\n" for text in LEGEND)
+
+
 def page(tables: Sequence[Table], found: Found) -> str:
     """The `tables` as one HTML file without any outside resource."""
     parts = [_section(table, found) for table in tables]
-    legend = re.sub(r"\*([\w ]+)\*", r"<em>\1</em>", html.escape(LEGEND))
+    texts = "".join(f"<li>{html.escape(text)}</li>" for text in LEGEND)
+    texts = re.sub(r"\*([\w ]+)\*", r"<em>\1</em>", texts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Tables of the papers</title>\n'
-        f"<style>{STYLE}</style></head><body>\n<h1>Tables of the papers, made again</h1>\n<p class=sub>{legend}</p>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>Tables of the papers, made again</h1>\n<ul class=sub>{texts}</ul>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
@@ -212,40 +224,58 @@ def _seeds(seeds: set[int]) -> str:
 def _claim(table: Table, ordering: Ordering) -> str:
     others = [name for name in table.rows if name != ordering.better]
     than = "every other row" if len(others) > 1 and set(others) == set(ordering.than) else " and ".join(ordering.than)
-    names = [label for column, label in zip(table.columns, table.labels, strict=True) if column in ordering.columns]
-    return f"{ordering.better} is better than {than} in {' and '.join(names)}"
+    labels = [label.partition(", ") for label in table.labels]
+    names = [f"{what} ({of})" if of else what for what, _, of in labels]
+    chosen = [name for column, name in zip(table.columns, names, strict=True) if column in ordering.columns]
+    return f"{ordering.better} is better than {than} in {' and '.join(chosen)}"
+
+
+def _list(names: Sequence[str], everyone: Sequence[str]) -> str:
+    return "all" if len(names) == len(everyone) > 1 else " and ".join(names)
 
 
 def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
     """Whether the claim holds among the rows that were run, with the first budget that compares any."""
+
+    def deviation(figure: Figure, row: Row, joined: Joined) -> float | None:
+        data = {run.recipe["data"] for run in row.runs.values()}
+        return figure.deviation(joined, min(TEST_EXAMPLES.get(name, 0) for name in data))
+
     best = table.rows[ordering.better]
     budgets = found.budgets(list(best.runs.values()))
     for budget in budgets:
-        broken, compared, fewest = False, False, math.inf
-        missing: dict[str, list[str]] = {"without": [], "in part against": [], "close to": []}
+        compared, fewest = False, math.inf
+        rest: dict[str, list[str]] = {"against": [], "close to": [], "without": [], "only in part compared with": []}
         for name in ordering.than:
+            row = table.rows[name]
             pairs = [
-                (table.figures[column], _joined(table, best, column, budget, found), other)
+                (
+                    table.figures[column],
+                    _joined(table, best, column, budget, found),
+                    _joined(table, row, column, budget, found),
+                )
                 for column in ordering.columns
-                for other in [_joined(table, table.rows[name], column, budget, found)]
             ]
             known = [(figure, ours, other) for figure, ours, other in pairs if ours is not None and other is not None]
             if len(known) < len(pairs):
-                missing["in part against" if known else "without"].append(name)
+                rest["only in part compared with" if known else "without"].append(name)
             apart = [
                 figure.beats(ours.value, other.value)
                 for figure, ours, other in known
-                if not figure.alike(ours.value, other.value, ours.std, other.std)
+                if not figure.alike(
+                    ours.value, other.value, deviation(figure, best, ours), deviation(figure, row, other)
+                )
             ]
-            if len(apart) < len(known):
-                missing["close to"].append(name)
+            if not all(apart):
+                rest["against"].append(name)
+            elif len(apart) < len(known):
+                rest["close to"].append(name)
             compared |= bool(known)
             fewest = min([fewest, *(joined.count for _, *both in known for joined in both)])
-            broken |= not all(apart)
         if compared:
-            verdict = FAILS if broken else CLOSE if missing["close to"] else HOLDS
-            rest = [f"{how} {' and '.join(names)}" for how, names in missing.items() if names]
+            verdict = FAILS if rest["against"] else CLOSE if rest["close to"] else HOLDS
+            told = [f"{how} {_list(names, ordering.than)}" for how, names in rest.items() if names]
             on = f"{budget}, single seed" if fewest == 1 else budget
-            return f"{verdict} ({'; '.join([on, *rest])})"
+            return f"{verdict} ({'; '.join([on, *told])})"
     figures = [_joined(table, best, column, budget, found) for column in ordering.columns for budget in budgets]
     return NO_FIGURE if budgets and not any(figures) else NOT_RUN
