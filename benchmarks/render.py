@@ -33,7 +33,8 @@ def page() -> str:
         _machine(found["machine"]),
         "## A step against plain PyTorch\n\nForward, KL and backward of one layer in the middle of a net, and whole "
         "training steps, as ratios to the first row of each table, which is plain PyTorch in the same "
-        "run. Contenders take turns; the median counts. vardrop's own training loop has fused Adam and, for "
+        "run. Contenders take turns; the median counts, with the quartiles in brackets. vardrop's own training "
+        "loop has fused Adam and, for "
         "convolutions, the channels-last layout: where a plain net with both is in the table, a second ratio is to "
         "it.\n",
         *(_steps(name, rows) for name, rows in found["steps"].items()),
