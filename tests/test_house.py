@@ -53,6 +53,8 @@ HEAVY = (
     "tensorboard",
     "optuna",
     "torchmetrics",
+    "torch._dynamo",
+    "sympy",
 )
 
 

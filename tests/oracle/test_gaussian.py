@@ -233,6 +233,12 @@ def test_student_t_kl_and_gradients(a, b, dtype, error):
         assert by_mean[index].item() * math.exp(log_std) == pytest.approx(slope * math.exp(log_std), abs=2e-4)
 
 
+def test_student_t_kl_may_be_derived_twice():
+    mean = torch.tensor([-1.0, 0.0, 0.3], dtype=torch.float64, requires_grad=True)
+    log_std = torch.tensor([-2.0, -0.5, 0.4], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda m, s: F.student_t_kl(m, s, 1.5, 0.1), (mean, log_std))
+
+
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (0.6, 0.01), (1.0, 1e-3)])
 @pytest.mark.parametrize(
     ("mean", "log_std"), [(1.0, 5.0), (0.0, 10.0), (-3.0, 20.0), (2e4, 0.0), (1e6, 9.0), (1.0, 40.0)]

@@ -1,5 +1,6 @@
 """From a converted, pruned model to a plain smaller one: the masked model and the compact one agree."""
 
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -160,3 +161,14 @@ def test_padding_that_torch_zeroes_is_told():
 
     with pytest.raises(GraphError, match="TransformerEncoder zeroes padded positions"):
         vd.compact(vd.convert(Summed(), vd.ARD()), torch.tensor([[1, 2, 3, 0, 0]]))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_model_of_which_nothing_is_marked_though_something_would_die_is_told(dry_run):
+    model = vd.convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), vd.SparseVD(init_log_std=3.0))
+    with pytest.warns(CompactionWarning, match=r"nothing is marked dead, though 16 of 18 would be: call vardrop.prune"):
+        vd.compact(model, torch.randn(2, 4), dry_run=dry_run)
+    vd.prune(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vd.compact(model, torch.randn(2, 4), dry_run=dry_run)

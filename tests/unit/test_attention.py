@@ -200,3 +200,16 @@ def test_noisy_attention_runs_on_tensors_that_are_handed_to_it():
     found = torch.func.functional_call(net.eval(), handed, (X,))
     net.load_state_dict(handed)
     torch.testing.assert_close(found, net(X))
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2", "self_attn"])
+def test_a_layer_of_an_encoder_converted_alone_is_not_skipped_by_the_fused_pass(name):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    vd.convert(getattr(encoder, name), vd.SparseVD(init_log_std=0.0))
+    vd.noise(encoder, on=True)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert not torch.equal(encoder(x), encoder(x))
+    vd.strip(encoder)
+    assert not any(module._forward_hooks for module in encoder.modules())

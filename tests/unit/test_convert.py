@@ -270,3 +270,16 @@ def test_a_state_that_says_nothing_of_the_noise_leaves_the_marks_alone():
     assert all(site.noise.mask is not None for site in vd.sites(model))
     model.load_state_dict(unpruned)
     assert all(site.noise.mask is None for site in vd.sites(model))
+
+
+def test_a_pattern_whose_layers_an_earlier_one_takes_is_told_so():
+    with pytest.raises(
+        InvalidValueError, match=r"pattern '0': pattern '\*', which comes before it, takes all its layers"
+    ):
+        vd.convert(nn.Sequential(nn.Linear(4, 3)), {"*": vd.ARD(), "0": vd.VBD()})
+
+
+@pytest.mark.parametrize("method", [vd.GammaARD(), vd.StructuredBP()])
+def test_a_net_whose_noise_is_put_back_into_its_domain_can_be_exported_while_training(method):
+    net = vd.convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), method).train()
+    assert isinstance(torch.export.export(net, (torch.randn(2, 4),)), torch.export.ExportedProgram)

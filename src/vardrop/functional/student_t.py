@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vardrop.errors import InvalidValueError
 from vardrop.functional._dtype import aligned
@@ -84,13 +83,28 @@ class _ExpectedLog(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+        ctx.b = inputs[2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None]:
-        by_mean, by_log_std = ctx.saved_tensors
+        mean, log_std, by_mean, by_log_std = ctx.saved_tensors
+        if torch.is_grad_enabled():  # they may be derived again
+            by_mean, by_log_std = _slopes(mean, log_std, ctx.b)
         return gradient * by_mean, gradient * by_log_std, None
+
+
+def _slopes(mean: Tensor, log_std: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """The derivatives that ``_ExpectedLog`` sums in place, in steps that can be derived."""
+    variance, squared = torch.exp(2.0 * log_std), mean.square()
+    by_mean = by_log_std = torch.zeros_like(variance + squared)
+    for s, weight in _nodes(b):
+        d = variance * (s / b)
+        r = (d + 1.0).reciprocal()
+        common = torch.exp(squared * r * (-0.5 * s / b) - 0.5 * torch.log1p(d)) * r * weight
+        by_mean = by_mean + common * (s / b)
+        by_log_std = by_log_std + common * d * (1.0 - squared * r * (s / b))
+    return by_mean * mean, by_log_std
 
 
 def _nodes(b: float) -> list[tuple[float, float]]:

@@ -33,6 +33,9 @@ class DependentBetaBernoulli(GateMethod):
     Raises:
         InvalidValueError: a field is outside its range; the message names it.
 
+    The relaxed variable is one with the joint probability, as in the paper; the product of two that its authors' code
+    draws is left out.
+
     Source: arXiv:1805.10896, section 4.2.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.BetaBernoulli())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,7 +96,6 @@ class AdversarialNoise(BernoulliNoise):
         factors = self.factors(shape, value)
         return value * factors if self.first is None else self._recorded(value, factors, examples)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recorded(self, value: Tensor, factors: Tensor, examples: int) -> Tensor:
         """The product, kept in ``first``; a compiled graph would hand out one that the loss does not depend on."""
         product = value * factors
@@ -107,6 +107,7 @@ class AdversarialNoise(BernoulliNoise):
 
     def begin(self) -> None:
         """From now on what is drawn is kept, in ``first``."""
+        _stay_uncompiled()
         self.first, self.second = [], []
 
     def turn(self, gradients: list[Tensor]) -> None:
@@ -125,6 +126,13 @@ class AdversarialNoise(BernoulliNoise):
                 )
             slope = (gradient * done.value).sum_to_size(done.factors.shape)
             self.second.append(worst_near(done.factors, slope, self.budget, done.examples, on=1.0 / (1.0 - self.rate)))
+
+
+@cache
+def _stay_uncompiled() -> None:
+    """Not a decorator: that would load torch's compiler, which takes a second, with this package."""
+    recorded = torch.compiler.disable(AdversarialNoise._recorded)
+    AdversarialNoise._recorded = recorded  # type: ignore[method-assign]
 
 
 def worst_near(factors: Tensor, gradient: Tensor, budget: float, examples: int, *, on: float = 1.0) -> Tensor:

@@ -9,10 +9,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from vardrop.errors import CompactionWarning
+from vardrop.sites import sites
 from vardrop.surgery.cut import cut, plan
 from vardrop.surgery.graph import as_arguments
 from vardrop.surgery.plain import plain_copy, trained_alone
 from vardrop.surgery.plan import Plan
+from vardrop.surgery.prune import would_live
 
 
 @overload
@@ -63,7 +65,9 @@ def compact(
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    small = plain_copy(_unwrapped(model), example_inputs)
+    model = _unwrapped(model)
+    _warn_of_what_is_not_marked(model)
+    small = plain_copy(model, example_inputs)
     if dry_run:
         return plan(small, example_inputs, on_unknown=on_unknown)
     alone = trained_alone(small, as_arguments(example_inputs))
@@ -91,6 +95,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = model.module
     inner = getattr(model, "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _warn_of_what_is_not_marked(model: nn.Module) -> None:
+    found = list(sites(model))
+    if found and all(site.noise.mask is None for site in found):
+        counted = would_live(model)
+        if counted.alive < counted.total:
+            warnings.warn(
+                f"nothing is marked dead, though {counted.total - counted.alive:,} of {counted.total:,} would be: call "
+                "vardrop.prune(model) first",
+                CompactionWarning,
+                stacklevel=3,
+            )
 
 
 def _has_dead_weights(plain: nn.Module) -> bool:

@@ -151,7 +151,7 @@ def _project(layer: nn.Module, inputs: Any) -> None:
 
     Doing it here rather than after the step serves every optimiser, and a second pass before the backward is harmless.
     """
-    if layer.training:
+    if layer.training and not torch.compiler.is_exporting():
         for _, _, noise in noises(layer):
             if not noise.projected:
                 noise.method.project(noise)
@@ -188,6 +188,13 @@ def _choose(
         raise InvalidValueError("method={}: must name a method for some layer, such as {'*': vardrop.SparseVD()}")
     unused = [pattern for pattern in by_pattern if pattern not in used]
     if unused and list(by_pattern) != ["*"]:
+        taken = [name for name in chosen if fnmatchcase(name, unused[0])]
+        first = next((pattern for name in taken for pattern in by_pattern if fnmatchcase(name, pattern)), None)
+        if first is not None:
+            raise InvalidValueError(
+                f"method pattern {unused[0]!r}: pattern {first!r}, which comes before it, takes all its layers; put it "
+                "first"
+            )
         raise InvalidValueError(
             f"method pattern {unused[0]!r} matches no layer that can be converted; layers are: {_some(layers)}"
         )
@@ -421,6 +428,9 @@ def _close_fast_paths(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and next(sites(module), None):
             module.use_nested_tensor = False
             module.register_forward_hook(_stay_padded)
+    alone = isinstance(model, nn.Linear | nn.MultiheadAttention) and next(sites(model), None) is not None
+    if alone and _call_me not in model._forward_hooks.values():  # it may be part of an encoder layer
+        model.register_forward_hook(_call_me)
 
 
 def _open_fast_paths(model: nn.Module) -> None:
