@@ -266,7 +266,7 @@ class Summary:
         facts = [
             f"compression {self.compression:.1f}x",
             f"{self.parameters:,} parameters",
-            f"{self.tensor_bytes:,} bytes, dense",
+            f"{self.tensor_bytes:,} dense bytes",
         ]
         facts += [f"units {self.units}"] if self.units else []
         facts += [] if self.flops is None else [f"{self.flops:,} FLOPs for the example inputs"]

@@ -207,7 +207,7 @@ def test_the_printed_table_is_aligned():
         "layer      kind    shape     alive       of  KL, nats  mean log alpha\n"
         "(model)    Linear  300x784   1,234  235,200   1,234.6            2.35\n"
         "head.last  Conv2d  10x1x3x3     90       90\n"
-        "compression 190.6x, 235,290 parameters, 941,160 bytes, 4,705 FLOPs for the example inputs"
+        "compression 190.6x, 235,290 parameters, 941,160 dense bytes, 4,705 FLOPs for the example inputs"
     )
 
 
