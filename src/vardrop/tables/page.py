@@ -173,6 +173,9 @@ def _epochs(row: Row, budget: str, found: Found) -> str:
     records = [record for run in row.runs.values() for record in found.of(run, budget).values()]
     epochs = {record["config"]["schedule"]["epochs"] for record in records}
     told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
+    plain = {record["config"].get("pretrain", 0) for record in records} - {0}
+    if plain and "epoch" not in budget:
+        told += f" after {' or '.join(map(str, sorted(plain)))} plain ones"
     before = {run.before.row: None for run in row.runs.values() if run.before is not None}
     return f"{told} after {' or '.join(before)}" if before else told
 
