@@ -36,7 +36,7 @@ FLOORS = [
     {"fused"},
     {"lrt"},
     {"functional"},
-    {"warmup", "files", "memory", "modes", "refusals", "settings"},
+    {"warmup", "files", "memory", "modes", "refusals", "settings", "streams"},
     {"errors"},
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}

@@ -20,6 +20,7 @@ from vardrop.errors import ApartError, InvalidValueError, TrainingError
 from vardrop.methods import Method
 from vardrop.noise import AdversarialNoise
 from vardrop.sites import batched, sites
+from vardrop.streams import noise_seed
 from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.sizes import sizes
 from vardrop.train import Loader, Schedule, accelerator_of, living, take_up
@@ -202,7 +203,7 @@ def _train(
                     "optimizer": _part(optimizer.state_dict(), index),
                     "elbo": elbo.state_dict(),
                 }
-                apart = None if index == 0 else 1_000_003 * member.schedule.seed + epoch
+                apart = None if index == 0 else noise_seed(member.schedule.seed, epoch)
                 write(member.folder, member.identity, state, histories[index], apart=apart)
 
 

@@ -22,6 +22,7 @@ from vardrop.elbo import ELBO
 from vardrop.errors import InvalidValueError, MissingExtraError, StorageError, TrainingError
 from vardrop.methods.base import check_number
 from vardrop.sites import parameter_groups, sites
+from vardrop.streams import noise_seed
 from vardrop.surgery.prune import Pruned, count_alive, would_live
 from vardrop.surgery.shrink import shrink
 from vardrop.surgery.sizes import resize, sizes
@@ -172,7 +173,7 @@ def train(
         elbo.step_epoch()
         batches.set_epoch(epoch)
         if accelerator.process_index:  # the first process draws on from its stored state, the others draw apart from it
-            torch.manual_seed((1_000_003 * schedule.seed + epoch) * 1_009 + accelerator.process_index)
+            torch.manual_seed(noise_seed(schedule.seed, epoch, process=accelerator.process_index))
         if schedule.shrink_every and epoch and epoch % schedule.shrink_every == 0:
             example = next(iter(batches))[0][:2].to(accelerator.device)
             shrink(net, optimizer, example)
@@ -233,8 +234,9 @@ def _one_epoch(
     for step, (inputs, labels) in enumerate(batches):
         own = slice(accelerator.process_index, None, accelerator.num_processes)
         x, y = inputs[own].to(device), labels[own].to(device)
+        share = accelerator.num_processes * y.numel() / labels.numel()  # the gradients of all processes are averaged
         passes: list[Tensor] = []
-        loss = elbo(model, partial(_nll, model, x, y, accelerator, passes))
+        loss = elbo(model, partial(_nll, model, x, y, share, accelerator, passes))
         logits = passes[0]
         if not math.isfinite(loss.item()):
             raise TrainingError(
@@ -247,7 +249,7 @@ def _one_epoch(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wrong += (logits.detach().argmax(dim=1) != y).sum()
-        nll += elbo.nll * y.numel()
+        nll += elbo.nll * y.numel() / share
         count += y.numel()
     wrong, nll, total = accelerator.reduce(
         torch.stack([wrong, nll, torch.tensor(float(count), device=device)])
@@ -255,12 +257,12 @@ def _one_epoch(
     return wrong / total, nll / total
 
 
-def _nll(model: nn.Module, x: Tensor, y: Tensor, accelerator: Any, passes: list[Tensor]) -> Tensor:
-    """Mean negative log-likelihood, nats, of one pass, whose logits join `passes`."""
+def _nll(model: nn.Module, x: Tensor, y: Tensor, share: float, accelerator: Any, passes: list[Tensor]) -> Tensor:
+    """`share` times the mean negative log-likelihood, nats, of one pass, whose logits join `passes`."""
     with accelerator.autocast():
         logits = model(x)
     passes.append(logits.float())
-    return F.cross_entropy(passes[-1], y)
+    return share * F.cross_entropy(passes[-1], y)
 
 
 def _culprit(model: nn.Module, x: Tensor) -> str:

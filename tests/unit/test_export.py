@@ -1,5 +1,6 @@
 """Export to ONNX: the same outputs at every batch size, the model untouched, and nothing kept that is wrong."""
 
+import contextlib
 import logging
 import sys
 
@@ -116,6 +117,22 @@ def test_a_file_that_differs_is_not_kept_and_the_old_one_is(tmp_path, monkeypatc
         vd.export_onnx(nn.Linear(3, 2), path, torch.randn(2, 3))
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize(("bias", "kept"), [(2e-6, True), (5e-4, False)])
+def test_a_difference_that_rounding_does_not_explain_is_refused(tmp_path, monkeypatch, bias, kept):
+    net = nn.Linear(3, 2)
+    exported = export._export
+
+    def shifted(model, inputs):
+        with torch.no_grad():
+            model.bias += bias
+        return exported(model, inputs)
+
+    monkeypatch.setattr(export, "_export", shifted)
+    with contextlib.nullcontext() if kept else pytest.raises(StorageError, match="differs from torch"):
+        vd.export_onnx(net, tmp_path / "net.onnx", torch.rand(2, 3))
+    assert (tmp_path / "net.onnx").exists() == kept
 
 
 class Session:

@@ -10,6 +10,7 @@ import vardrop as vd
 from vardrop.errors import ConversionError, EmptyLayerWarning, InvalidValueError, StorageError
 from vardrop.io import load_weights
 from vardrop.noise import InputGate
+from vardrop.surgery.prune import would_live
 
 
 def net():
@@ -147,6 +148,7 @@ def test_noise_and_gate_never_empty_a_layer_together():
         model.noise.log_std[:, 2:] = 5.0
     with pytest.raises(InvalidValueError, match="noise and gate leave no weight together"):
         vd.prune(model, on_empty="refuse")
+    assert would_live(model).alive == 1
     with pytest.warns(EmptyLayerWarning, match="together"):
         assert vd.prune(model).alive == 1
     living = model.noise.mask & model.gate.mask

@@ -123,6 +123,17 @@ def test_latencies_are_medians_of_calls_taken_in_turns():
     assert 0 < found["fast"] < 0.02 <= found["slow"] < 0.2
 
 
+def test_the_first_call_is_not_timed():
+    calls = []
+
+    def cold():
+        time.sleep(0.3 * (not calls))
+        calls.append(1)
+
+    assert latency(cold, repeats=1) < 0.1
+    assert len(calls) == 2
+
+
 def test_threads_are_set_for_the_time_of_measuring():
     before = torch.get_num_threads()
     seen = []

@@ -24,6 +24,7 @@ from vardrop.train import Schedule, train
 from vardrop.zoo import Batches, Split
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, lr=1e-2, decay_from=2, warmup_start=0, warmup_epochs=2, seed=5)
+UNEVEN = dataclasses.replace(SCHEDULE, batch_size=15)  # two processes share it as eight and seven
 
 
 def split() -> Split:
@@ -32,10 +33,13 @@ def split() -> Split:
     return Split(x, (x[:, 0] > 0).long())
 
 
-def fresh() -> nn.Module:
+def fresh_plain() -> nn.Module:
     torch.manual_seed(SCHEDULE.seed)
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    return vd.convert(net, vd.ARD())
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def fresh() -> nn.Module:
+    return vd.convert(fresh_plain(), vd.ARD())
 
 
 def run(folder: Path, net: nn.Module, *, identity="a", stop_after=None, evaluate=None, schedule=SCHEDULE):
@@ -236,16 +240,30 @@ def test_the_learning_rate_is_flat_then_falls_on_a_line():
     assert Schedule(epochs=10, lr=1.0, decay_from=0).lr_at(1) == 0.9
 
 
+def test_every_group_keeps_its_share_of_the_learning_rate(tmp_path):
+    torch.manual_seed(0)
+    net = vd.convert(fresh_plain(), vd.BetaBernoulli())
+    schedule = dataclasses.replace(SCHEDULE, gate_lr=SCHEDULE.lr / 4)
+    run(tmp_path, net, schedule=schedule)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    last = schedule.lr_at(schedule.epochs - 1)
+    assert {group["lr"] for group in state["optimizer"]["param_groups"]} == {last, last / 4}
+
+
 def test_weight_decay_leaves_out_the_noise_and_gradients_are_clipped(tmp_path):
-    def weights_after(**options):
+    def trained(**options):
         net = fresh()
         run(tmp_path / str(options), net, schedule=dataclasses.replace(SCHEDULE, epochs=1, decay_from=1, **options))
-        return torch.cat([site.weight.detach().flatten() for site in vd.sites(net)])
+        found = list(vd.sites(net))
+        weights = torch.cat([site.weight.detach().flatten() for site in found])
+        return weights, torch.cat([site.noise.log_std.detach().flatten() for site in found])
 
-    plain = weights_after()
-    assert weights_after(weight_decay=10.0).norm() < 0.9 * plain.norm()
+    plain, noise = trained()
+    decayed, its_noise = trained(weight_decay=10.0)
+    assert decayed.norm() < 0.9 * plain.norm()
+    assert (its_noise - noise).mean().abs() < SCHEDULE.lr  # decay would draw all of it up in each of the five steps
     start = torch.cat([site.weight.detach().flatten() for site in vd.sites(fresh())])
-    assert (weights_after(clip_norm=1e-12) - start).norm() < 0.1 * (plain - start).norm()
+    assert (trained(clip_norm=1e-12)[0] - start).norm() < 0.1 * (plain - start).norm()
 
 
 def test_tensorboard_logs_are_written(tmp_path):
@@ -265,8 +283,12 @@ def test_two_processes_share_every_minibatch_and_keep_the_same_weights(tmp_path)
         import test_train as t
         net = t.fresh()
         history = t.run(t.Path({str(tmp_path / "run")!r}), net)
-        total = sum(value.double().sum() for value in net.state_dict().values())
-        print(f"rank {{os.environ['RANK']}}: {{history[-1].train_nll!r}} {{total.item()!r}}", flush=True)
+        plain = t.fresh_plain()
+        t.run(t.Path({str(tmp_path / "plain")!r}), plain, schedule=t.UNEVEN)
+        totals = [sum(value.double().sum() for value in a.state_dict().values()).item() for a in (net, plain)]
+        print(f"rank {{os.environ['RANK']}}: {{history[-1].train_nll!r}} {{totals[0]!r}} {{totals[1]!r}}", flush=True)
+        if os.environ["RANK"] == "0":
+            t.torch.save(plain.state_dict(), {str(tmp_path / "plain.pt")!r})
         """)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -278,6 +300,10 @@ def test_two_processes_share_every_minibatch_and_keep_the_same_weights(tmp_path)
     alone = fresh()
     history = run(tmp_path / "alone", alone)
     assert abs(float(said["rank 0"].split()[0]) - history[-1].train_nll) < 0.1
+    whole = fresh_plain()  # without noise, the shares of a minibatch weigh what the whole one does
+    run(tmp_path / "whole", whole, schedule=UNEVEN)
+    for name, value in torch.load(tmp_path / "plain.pt", weights_only=True).items():
+        torch.testing.assert_close(value, whole.state_dict()[name], atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_of_a_net_whose_code_has_changed_is_refused(tmp_path):

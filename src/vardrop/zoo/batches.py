@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vardrop.streams import order_seed
 from vardrop.zoo.data import Split
 
 
@@ -40,7 +41,7 @@ class Batches:
         return len(self._sizes())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(order_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.split.y), generator=generator)
         for indices in order.to(self.split.x.device).split(self._sizes()):
             yield self.split.x[indices], self.split.y[indices]
