@@ -78,10 +78,10 @@ def page() -> str:
     ]
     return (
         "# Stored runs\n\nOne JSON for each run, as `vardrop compress` writes it: configuration, seed, versions, "
-        "commit, history by epoch, figures after pruning and after compaction. Add `--data-root FOLDER` for a local "
-        "copy of the data. `tables/` holds the cells of [the papers' tables](../docs/tables.md), each made again by "
-        "`vardrop reproduce`; some started from an original that was trained anew, not from the one stored beside "
-        "them, as the error of their `original` tells. This page is made by `python results/render.py --write`.\n\n"
+        "commit, history by epoch (of large records in `tables/` the last one only), figures after pruning and after "
+        "compaction. Add `--data-root FOLDER` for a local copy of the data. `tables/` holds the cells of [the papers' "
+        "tables](../docs/tables.md), each made again by `vardrop reproduce`; some started from an original that was "
+        "trained anew, not from the one stored beside them, as the error of their `original` tells. This page is made by `python results/render.py --write`.\n\n"
         f"{table()}\n## The commands\n\n" + "\n".join(commands) + "\n"
     )
 
@@ -106,8 +106,8 @@ def tables_page() -> str:
     return (
         "# The tables of the papers, made again\n\nThe 25 result tables of the seven papers behind this library, with "
         "the papers' figures and those of the stored runs (`results/`). `vardrop reproduce TABLE` makes a table again; "
-        "`--budget full` follows the paper's schedule as far as it is known, `short` a fraction of it, for some tables "
-        "on a narrower net; runs of other lengths name theirs. "
+        "`--budget full` follows the paper's schedule where no caption or remark says otherwise, `short` a fraction of "
+        "it, for some tables on a narrower net; runs of other lengths name theirs. "
         f"This page is made by `python results/render.py --write`.\n\n{legend()}\n"
         + contents(tables, stored)
         + "\n"

@@ -72,7 +72,8 @@ class ELBO:
             raise InvalidValueError(f"kl_factor={kl_factor!r}: must be a finite number, at least 0")
         if not (warmup is None or _is_schedule(warmup)):
             raise InvalidValueError(
-                f"warmup={warmup!r}: must be a function of the epoch, as vardrop.warmup.linear(epochs=20) is"
+                f"warmup={warmup!r}: must be a function of the epoch with values in [0, 1], as "
+                "vardrop.warmup.linear(epochs=20) is"
             )
         self.num_data = num_data
         self.warmup = schedules.constant() if warmup is None else warmup
@@ -156,10 +157,9 @@ def _is_within(number: Any) -> bool:
 
 def _is_schedule(warmup: Any) -> bool:
     try:
-        float(warmup(0))
+        return 0.0 <= float(warmup(0)) <= 1.0
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def _scalar(nll: Any) -> Tensor:

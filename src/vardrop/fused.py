@@ -300,8 +300,9 @@ def _elementwise(kernel: Callable[..., Tensor], x: Tensor, other: Tensor | torch
 
 def _sample(mean: Tensor, variance: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
     """The sample, and its derivative by the variance in the variance's dtype."""
-    std = (at_least_float32(variance) + VARIANCE_FLOOR).sqrt()
-    return (mean + std * draw).to(mean.dtype), (0.5 * draw / std).to(variance.dtype)
+    std = at_least_float32(variance).clamp_min(VARIANCE_FLOOR).sqrt()
+    slope = torch.where(variance < VARIANCE_FLOOR, 0.0, 0.5 * draw / std)
+    return (mean + std * draw).to(mean.dtype), slope.to(variance.dtype)
 
 
 def _sample_compiled(mean: Tensor, variance: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

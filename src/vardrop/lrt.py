@@ -18,7 +18,10 @@ from torch import Tensor
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 VARIANCE_FLOOR = 1e-16
-"""Added under the square root, whose slope at an exact zero would turn a zero gradient into NaN."""
+"""Least variance under the square root, whose slope at an exact zero would turn a zero gradient into NaN.
+
+Convolutions by Winograd's algorithm or by Fourier transforms even give variances a little below zero.
+"""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ def local_sample(
     everybody does; :func:`weight_sample` keeps it.
     """
     output_mean, output_variance = output_moments(operation, x, mean, variance, bias)
-    std = (output_variance + VARIANCE_FLOOR).sqrt()
+    std = output_variance.clamp_min(VARIANCE_FLOOR).sqrt()
     draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, **source(generator))
     return (output_mean + std * draw).to(output_mean.dtype)
 
@@ -84,6 +87,6 @@ def weight_sample(
 
 def draw_weight(mean: Tensor, variance: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """One draw of independent weights ``w ~ N(mean, variance)``, in the dtype of `mean`."""
-    std = (at_least_float32(variance) + VARIANCE_FLOOR).sqrt()
+    std = at_least_float32(variance).clamp_min(VARIANCE_FLOOR).sqrt()
     draw = torch.randn(std.shape, dtype=std.dtype, device=std.device, **source(generator))
     return (mean + std * draw).to(mean.dtype)

@@ -13,6 +13,7 @@ from cases import LAYERS
 from torch import nn
 
 import vardrop as vd
+from vardrop import functional as F
 from vardrop import fused, lrt
 from vardrop.elbo import kl
 from vardrop.errors import ConversionError, FastPathWarning, InvalidValueError
@@ -470,3 +471,19 @@ def test_a_frozen_layer_runs_on_the_fast_path(compiled):
     elbo(net, vd.fast(net, variance="float32", compiled=compiled)(torch.randn(4, 6)).square().mean()).backward()
     torch.testing.assert_close(elbo.kl, vd.kl(vd.fast(net, on=False)).detach())
     assert net[0].weight.grad is None and net[2].noise.log_std.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_convolutions_whose_variances_come_out_below_zero_give_numbers(fast):
+    torch.manual_seed(0)
+    net = vd.convert(nn.Sequential(nn.Conv2d(16, 32, 3, padding=1)), vd.SparseVD())
+    if fast:
+        vd.fast(net, compiled=False)
+    x = (torch.randn(32, 16, 28, 28) - 2.0).relu()
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):  # then others compute, by Winograd
+        warnings.simplefilter("ignore")
+        assert F.conv2d_moments(x, net[0].weight, net[0].noise.log_std, padding=1)[1].min() >= 0
+        output = net(x)
+        output.square().sum().backward()
+    assert output.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())

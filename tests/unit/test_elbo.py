@@ -31,7 +31,7 @@ def test_kl_counts_every_weight_that_shares_an_alpha():
     assert vd.kl(shared).item() == pytest.approx(35 * 0.5 * math.log(2.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("warmup", [20, vd.warmup.constant])
+@pytest.mark.parametrize("warmup", [20, vd.warmup.constant, lambda epoch: math.nan, lambda epoch: 2.0])
 def test_warmup_must_be_a_schedule(warmup):
     with pytest.raises(InvalidValueError, match="must be a function of the epoch"):
         vd.ELBO(10, warmup=warmup)
@@ -160,6 +160,17 @@ def test_a_layer_without_weights_is_pruned_to_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there is nothing to initialise
         assert vd.prune(vd.convert(nn.Linear(0, 3), vd.ARD())).alive == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [vd.GaussianDropout(rate=0.5, rule="snr"), vd.VariationalDropout(rule="snr"), vd.VBD(alpha="layer", rule="snr")],
+)
+def test_an_alpha_that_all_weights_share_kills_none_of_them(method):
+    model = vd.convert(nn.Linear(20, 10), method)
+    with torch.no_grad():
+        model.noise.shared_log_alpha.fill_(5.0)
+    assert vd.prune(model).alive == 200
 
 
 def test_prune_refuses_what_it_cannot_judge():

@@ -94,7 +94,7 @@ def log_uniform_kl_from_log_alpha(log_alpha: Tensor, form: Literal["exact", "sig
 def ard_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     """KL to a zero-mean Gaussian prior with the best variance: ``log(1 + mean^2 / std^2) / 2``, nats.
 
-    Source: arXiv:1811.00596, section 3, and arXiv:1811.07533, equation 18.
+    Source: arXiv:1811.00596, section 2, equation 1, and arXiv:1811.07533, equation 18.
 
     >>> from vardrop import functional as F
     >>> F.ard_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))

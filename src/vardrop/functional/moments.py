@@ -78,4 +78,4 @@ def _moments(
     output_mean = operation(x, mean, bias)
     with torch.autocast(x.device.type, enabled=False):
         x, log_std = precise(x, log_std)
-        return output_mean, operation(x.square(), torch.exp(2.0 * log_std), None)
+        return output_mean, operation(x.square(), torch.exp(2.0 * log_std), None).clamp_min(0.0)  # see VARIANCE_FLOOR

@@ -21,7 +21,8 @@ def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Ten
     """KL to the Student-t prior whose precision is Gamma(a, b) distributed, nats.
 
     The expectation ``E log(1 + w^2 / 2b)`` is a trapezoidal sum over the integral form of the logarithm,
-    exact to 2e-8 nats for ``mean^2 + std^2 <= 1e4``, and beyond too large by at most ``0.036 (a + 1/2) sqrt(b)``. With
+    exact to ``2e-8 (a + 1/2)`` nats for ``mean^2 + std^2 <= 1e4 max(1, b)``, and beyond too large by at most
+    ``0.036 (a + 1/2) sqrt(min(1, b))``. With
     a standard normal `draw` it is the unbiased one-sample estimate instead, for a hundredth of the time.
 
     Raises:
@@ -39,7 +40,7 @@ def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Ten
         raise InvalidValueError(f"b={b}: the quadrature needs b >= {LEAST_B:g}")
     mean, log_std = aligned(mean, log_std)
     if draw is None:
-        log_shrink = _log_shrink(mean, log_std)
+        log_shrink = _log_shrink(mean, log_std, b)
         inside = mean * torch.exp(log_shrink), log_std + log_shrink
         expectation: Tensor = _ExpectedLog.apply(*inside, b)[0] - 2.0 * log_shrink  # type: ignore[no-untyped-call]
     else:
@@ -48,13 +49,13 @@ def student_t_kl(mean: Tensor, log_std: Tensor, a: float, b: float, *, draw: Ten
     return (a + 0.5) * expectation - log_std - (0.5 * math.log(2.0 * math.pi * math.e) + log_norm)
 
 
-def _log_shrink(mean: Tensor, log_std: Tensor) -> Tensor:
+def _log_shrink(mean: Tensor, log_std: Tensor, b: float) -> Tensor:
     """Log of the factor on ``w``, at most 1, that brings its second moment to where the quadrature is exact.
 
     ``log(1 + w^2 / 2b)`` grows by twice this again, but for what the 1 still counts there.
     """
     size = torch.hypot(mean, torch.exp(log_std.clamp(0.0, 80.0)))
-    return (0.5 * math.log(LARGEST_SECOND_MOMENT) - torch.log(size)).clamp(max=0.0)
+    return (0.5 * math.log(LARGEST_SECOND_MOMENT * max(1.0, b)) - torch.log(size)).clamp(max=0.0)
 
 
 class _ExpectedLog(torch.autograd.Function):
@@ -109,7 +110,7 @@ def _slopes(mean: Tensor, log_std: Tensor, b: float) -> tuple[Tensor, Tensor]:
 
 def _nodes(b: float) -> list[tuple[float, float]]:
     """Nodes ``s`` and weights of the trapezoidal rule in ``log s``."""
-    first = min(math.log(b / LARGEST_SECOND_MOMENT) - 18.0, -6.0)
+    first = math.log(min(1.0, b) / LARGEST_SECOND_MOMENT) - 18.0
     count = math.ceil((4.0 - first) / STEP)
     points = (math.exp(4.0 - STEP * index) for index in range(count + 1))
     return [(s, STEP * math.exp(-s)) for s in points]

@@ -21,7 +21,7 @@ class AdditiveMethod(WeightMethod):
         init_spread: standard deviation of the first values around it.
         train_clip: leave the means of weights that are dead by log alpha out of the noisy pass, their noise stays;
             the authors of sparse VD did so on MNIST (in convolutions the noise went too), and it is what makes their
-            nets so sparse.
+            nets so sparse. In eval mode those means are there until :func:`vardrop.prune`: prune before you evaluate.
     """
 
     kl_is_short: ClassVar[bool] = True

@@ -21,7 +21,7 @@ class ARD(AdditiveMethod):
     Raises:
         InvalidValueError: a field is outside its range; the message names it.
 
-    Source: arXiv:1811.00596, section 3.
+    Source: arXiv:1811.00596, section 2, equation 1.
 
     >>> net = vd.convert(torch.nn.Linear(4, 2), vd.ARD())
     >>> vd.kl(net).item() > 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vardrop.errors import InvalidValueError
-from vardrop.noise import Layout, Noise, Place
+from vardrop.noise import Layout, MultiplicativeNoise, Noise, Place
 
 RuleName = Literal["log_alpha", "magnitude", "snr"]
 NUMBERS = {"int": (int, "a whole number"), "float": (int | float, "a number")}
@@ -150,8 +150,8 @@ class WeightMethod(Method):
         if self.rule == "magnitude":
             return weight.detach().double().abs()
         log_alpha = noise.log_alpha(weight)
-        if log_alpha is None:
-            return None
+        if log_alpha is None or (isinstance(noise, MultiplicativeNoise) and noise.shared_log_alpha.numel() == 1):
+            return None  # what all weights share tells nothing of any
         log_alpha = log_alpha.detach().double()
         return -log_alpha if self.rule == "log_alpha" else torch.exp(-0.5 * log_alpha)
 
@@ -175,7 +175,7 @@ class GateMethod(Method):
         place: ``"input"`` or ``"output"`` of the layer; ``"auto"`` gates the outputs of convolutions, one value for
             each channel, and the inputs of linear layers. Of the last layer of an ``nn.Sequential`` it gates the
             inputs always, since its outputs are the net's.
-        threshold: a unit lives where its score reaches it.
+        threshold: bound of the method's own rule, named in its first sentence.
         kl_factor: what each unit's KL is multiplied by in the objective, at least 0: above 1 in the layers whose units
             cost most FLOPs, as in the variants of arXiv:1705.07283 and arXiv:1805.10896 that save more of them.
     """

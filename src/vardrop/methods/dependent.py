@@ -33,6 +33,9 @@ class DependentBetaBernoulli(GateMethod):
     Raises:
         InvalidValueError: a field is outside its range; the message names it.
 
+    A gate looks at the mean of an example over all its positions, as the paper does in convolutions; in a linear layer
+    of a sequence too, so that every step sees the later ones: not for causal models.
+
     The relaxed variable is one with the joint probability, as in the paper; the product of two that its authors' code
     draws is left out.
 

@@ -22,7 +22,8 @@ class StructuredBP(GateMethod):
     """Structured Bayesian pruning: truncated log-normal noise on units, dead at a signal-to-noise ratio <= 1.
 
     The prior of ``log theta`` is uniform on ``[low, high]``, its posterior a normal cut to that interval; at test
-    time a unit is multiplied by ``E theta``. Before each training pass both parameters are put back into [-20, 5].
+    time a unit is multiplied by ``E theta``. On a convolution's output it multiplies the bias too, which the authors
+    add after it, so that a dead channel is zero. Before each training pass both parameters are put back into [-20, 5].
 
     Args:
         init_mu: first location of ``log theta``, in [-20, 5].

@@ -18,6 +18,8 @@ from vardrop.methods.base import Paper, RuleName, check_range
 class StudentT(AdditiveMethod):
     """Student-t prior: the Gamma(a, b) precision integrated out instead of maximised; dead at |mean| < 0.01.
 
+    Its KL is a sum over some hundred nodes of a quadrature for each weight, the dearest of all methods here.
+
     Args:
         a: shape of the Gamma distribution of the precision, above 0; the prior has 2a degrees of freedom.
         b: its rate, at least 1e-30.

@@ -86,9 +86,3 @@ class VBD(AdditiveMethod):
         shared = cast(MultiplicativeNoise, noise)
         each = F.ard_kl_from_log_alpha(shared.shared_log_alpha)
         return shared.masked(shared.spread(each, weight)).sum()
-
-    def score(self, noise: Noise, weight: Tensor) -> Tensor | None:
-        """With one alpha for the whole layer log alpha says nothing about a single weight, so nothing dies of it."""
-        if self.alpha == "layer" and self.rule != "magnitude":
-            return None
-        return super().score(noise, weight)

@@ -18,7 +18,13 @@ DASH = "—"
 TIMED_BATCH, TIMED_THREADS = 128, 1
 ENSEMBLE = 20
 """Draws."""
-TEST_EXAMPLES = {"ylecun/mnist": 10_000, "uoft-cs/cifar10": 10_000, "uoft-cs/cifar100": 10_000}
+TEST_EXAMPLES = {
+    "ylecun/mnist": 10_000,
+    "uoft-cs/cifar10": 10_000,
+    "uoft-cs/cifar100": 10_000,
+    "ufldl-stanford/svhn": 26_032,
+    "stanfordnlp/imdb": 25_000,
+}
 TIMED = f"seconds, torch, batch {TIMED_BATCH}, threads {TIMED_THREADS}"
 
 
@@ -76,17 +82,19 @@ class Figure:
         less = self.size(value) < self.size(other)
         return less if self.better == "lower" else self.size(value) > self.size(other)
 
-    def deviation(self, joined: Joined, examples: int) -> float | None:
-        """That of the seeds; of a single one that which so many test examples leave to chance, where it is known.
+    def deviation(self, joined: Joined, examples: int, seen: float) -> float | None:
+        """That of the seeds; of a single one, where it is a percentage of `examples`, what is known of its chance.
+
+        That is what so many test examples leave to chance, or the deviation `seen` over the seeds of rows like it.
 
         >>> from vardrop.tables.figures import FIGURES, Joined
-        >>> round(FIGURES["error"].deviation(Joined(0.8, None, 1), 10_000), 2)
-        0.09
+        >>> [round(FIGURES["error"].deviation(Joined(0.8, None, 1), 10_000, seen), 2) for seen in (0.0, 0.5)]
+        [0.09, 0.5]
         """
         if joined.std is not None or not self.sampled or not examples:
             return joined.std
         share = self.size(joined.value) / 100.0
-        return 100.0 * math.sqrt(share * (1.0 - share) / examples)
+        return max(seen, 100.0 * math.sqrt(share * (1.0 - share) / examples))
 
     def alike(self, value: Value, other: Value, *spreads: float | None) -> bool:
         """Whether they differ by at most the standard deviations `spreads`, joined, or half the last decimal shown."""
@@ -150,6 +158,11 @@ def mark(figure: Figure, ours: Joined, paper: Value, paper_std: float | None) ->
         return "better"
     how = "off by" if figure.better is None else "short by"
     return f"{how} {abs(figure.size(ours.value) - figure.size(paper)):,.{figure.digits}f}"
+
+
+def nowhere(record: Mapping[str, Any]) -> Value | None:
+    """Reads a figure of the papers that no record holds."""
+    return None
 
 
 def _sparsity(record: Mapping[str, Any]) -> Value | None:
@@ -228,13 +241,13 @@ FIGURES = {
     ),
     "units": Figure("units per layer", lambda record: _opened(record) or _alive(record), 0, "lower", counts=True),
     "speedup_cpu": Figure("speed-up, CPU", _time_saved, 2, "higher", "times"),
-    "speedup_gpu": Figure("speed-up, GPU", lambda record: None, 2, "higher"),
+    "speedup_gpu": Figure("speed-up, GPU", nowhere, 2, "higher"),
     "speedup_flops": Figure("speed-up, FLOPs", partial(_shrinkage, multiplications), 2, "higher"),
     "bb_speedup": Figure("speed-up, FLOPs", partial(_shrinkage, operations), 2, "higher"),
     "bb_memory": Figure("memory, %", _memory, 2, "lower"),
     "train_accuracy": Figure("training accuracy, %", _accuracy("pruned", "train_error"), 0),
     "test_accuracy": Figure("test accuracy, %", _accuracy("pruned", "error"), 0),
-    "test_mse": Figure("test MSE", lambda record: None, 4, "lower"),
+    "test_mse": Figure("test MSE", nowhere, 4, "lower"),
     "valid_bpc": Figure("validation, bits per character", _bits("valid_nll"), 3, "lower"),
     "test_bpc": Figure("test, bits per character", _bits("nll"), 3, "lower"),
     "elbo": Figure("ELBO, nats", _elbo, 0, "higher"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vardrop.tables.figures import DASH, TEST_EXAMPLES, Figure, Joined, join, mark
+from vardrop.tables.figures import DASH, TEST_EXAMPLES, Figure, Joined, join, mark, nowhere
 from vardrop.tables.recipes import Ordering, Row, Table
 from vardrop.tables.store import Found
 
@@ -24,10 +24,11 @@ LEGEND = (
     "shown. *better* and *short by*: beyond that, to the one side or the other; *off by* where no side is better. "
     "Lists of units are compared by their sums, which have deviations that are not shown, and half a decimal of each "
     "layer.",
-    "Runs *after* another row start from a net trained by its recipe; for some that net was trained anew, and its "
-    "error differs a little from the one shown.",
+    "Runs *after* another row start from a net trained by its recipe, on top of its epochs; for some that net was "
+    "trained anew, and its error differs a little from the one shown.",
     "A claim *holds*, or *does not hold here*, where rows differ by more than that; of an error or an accuracy of a "
-    "single seed the deviation is then what the number of test examples leaves to chance. It is *too close to say* "
+    "single seed the deviation is then what the number of test examples leaves to chance, or the largest over the "
+    "seeds of a row of that column where that is more. It is *too close to say* "
     "where some row that it is compared with differs no more, and none the other way. In brackets: the budget; the "
     "rows that are better (against) or too close (close to); those that were not run (without), or only in some of "
     "the columns (only in part compared with). A verdict that rests on a single seed says so: another seed may "
@@ -92,15 +93,16 @@ def markdown(table: Table, found: Found) -> str:
 
 
 def contents(tables: Sequence[Table], found: Found) -> str:
-    """A line for each of `tables` in Markdown: how many rows were run, and how many of the paper's claims hold."""
-    head = ["table", "source", "rows run", "claims that hold", "that do not", CLOSE, "not checked"]
+    """A line for each of `tables` in Markdown: how much of it was run, and how many of the paper's claims hold."""
+    head = ["table", "source", "cells run", "claims that hold", "that do not", CLOSE, "not checked"]
     rows = [head, ["---"] * len(head)]
     for table in tables:
-        run = sum(bool(found.budgets(list(row.runs.values()))) for row in table.rows.values())
+        runs = [row.runs.values() or [None] for row in table.rows.values()]
+        done = [run is not None and bool(found.budgets([run])) for row in runs for run in row]
         said = [verdict for _, verdict in verdicts(table, found)]
         counts = [sum(verdict.startswith(start) for verdict in said) for start in (HOLDS, FAILS, CLOSE, "not ")]
         anchor = re.sub(r"[^\w\- ]", "", table.title.lower()).replace(" ", "-")
-        rows.append([f"[{table.title}](#{anchor})", table.source, f"{run} of {len(table.rows)}", *map(str, counts)])
+        rows.append([f"[{table.title}](#{anchor})", table.source, f"{sum(done)} of {len(done)}", *map(str, counts)])
     return _grid(rows)
 
 
@@ -169,7 +171,7 @@ def _ours(table: Table, row: Row, found: Found) -> list[Line]:
 
 
 def _epochs(row: Row, budget: str, found: Found) -> str:
-    """Budget and epochs of our figures, and the row from whose net they start."""
+    """Budget and epochs of our figures, the row from whose net they start, and how often dead units leave for good."""
     records = [record for run in row.runs.values() for record in found.of(run, budget).values()]
     epochs = {record["config"]["schedule"]["epochs"] for record in records}
     told = budget if "epoch" in budget else f"{budget}, {' or '.join(map(str, sorted(epochs)))} epochs"
@@ -177,7 +179,13 @@ def _epochs(row: Row, budget: str, found: Found) -> str:
     if plain and "epoch" not in budget:
         told += f" after {' or '.join(map(str, sorted(plain)))} plain ones"
     before = {run.before.row: None for run in row.runs.values() if run.before is not None}
-    return f"{told} after {' or '.join(before)}" if before else told
+    told += f" after {' or '.join(before)}" if before else ""
+    every = {record["config"]["schedule"].get("shrink_every") for record in records} - {None}
+    return f"{told}, dead units leave {' or '.join(map(_every, sorted(every)))}" if every else told
+
+
+def _every(epochs: int) -> str:
+    return "every epoch" if epochs == 1 else f"every {epochs} epochs"
 
 
 def _other_nets(row: Row, budget: str, found: Found) -> list[str]:
@@ -203,7 +211,7 @@ def _cell(figure: Figure, joined: Joined | None, row: Row, column: str, seeds: i
     text = _with_std(figure, joined.value, joined.std)
     if joined.count < seeds:
         text += f" ({joined.count} {'seed' if joined.count == 1 else 'seeds'})"
-    paper = row.paper.get(column) if alike or not figure.counts else None
+    paper = row.paper.get(column) if column not in row.unmarked and (alike or not figure.counts) else None
     said = "" if paper is None else mark(figure, joined, paper, row.std.get(column))
     return f"{text}, {said}" if said else text
 
@@ -240,10 +248,14 @@ def _list(names: Sequence[str], everyone: Sequence[str]) -> str:
 def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
     """Whether the claim holds among the rows that were run, with the first budget that compares any."""
 
-    def deviation(figure: Figure, row: Row, joined: Joined) -> float | None:
+    def deviation(column: str, row: Row, joined: Joined) -> float | None:
         data = {run.recipe["data"] for run in row.runs.values()}
-        return figure.deviation(joined, min(TEST_EXAMPLES.get(name, 0) for name in data))
+        others = [_joined(table, other, column, budget, found) for other in table.rows.values()]
+        seen = max((other.std or 0.0 for other in others if other is not None), default=0.0)
+        return table.figures[column].deviation(joined, min(TEST_EXAMPLES.get(name, 0) for name in data), seen)
 
+    if any(table.figures[column].read is nowhere for column in ordering.columns):
+        return NO_FIGURE
     best = table.rows[ordering.better]
     budgets = found.budgets(list(best.runs.values()))
     for budget in budgets:
@@ -252,21 +264,17 @@ def _verdict(table: Table, ordering: Ordering, found: Found) -> str:
         for name in ordering.than:
             row = table.rows[name]
             pairs = [
-                (
-                    table.figures[column],
-                    _joined(table, best, column, budget, found),
-                    _joined(table, row, column, budget, found),
-                )
+                (column, _joined(table, best, column, budget, found), _joined(table, row, column, budget, found))
                 for column in ordering.columns
             ]
-            known = [(figure, ours, other) for figure, ours, other in pairs if ours is not None and other is not None]
+            known = [(column, ours, other) for column, ours, other in pairs if ours is not None and other is not None]
             if len(known) < len(pairs):
                 rest["only in part compared with" if known else "without"].append(name)
             apart = [
-                figure.beats(ours.value, other.value)
-                for figure, ours, other in known
-                if not figure.alike(
-                    ours.value, other.value, deviation(figure, best, ours), deviation(figure, row, other)
+                table.figures[column].beats(ours.value, other.value)
+                for column, ours, other in known
+                if not table.figures[column].alike(
+                    ours.value, other.value, deviation(column, best, ours), deviation(column, row, other)
                 )
             ]
             if not all(apart):

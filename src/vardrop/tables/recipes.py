@@ -134,6 +134,7 @@ class Row:
         runs: what is trained for it; by column, with "" for all columns at once.
         reason: why it differs from the paper's recipe, or why ours may come out otherwise.
         not_run: why there is no run of it at all.
+        unmarked: columns that the paper counts otherwise, so that ours are not held against them.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Row:
     runs: Mapping[str, Run]
     reason: str = ""
     not_run: str = ""
+    unmarked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -335,10 +337,11 @@ def _row(name: str, row: Mapping[str, Any], stored: Mapping[str, Any], needs: Ma
         home, _, of = origin["same_as"].partition("/")
         origin = next(other for other in stored[home]["rows"] if other["name"] == of)
     reason = row.get("reason", origin.get("reason", ""))
-    for column in (*row.get("paper", {}), *row.get("std", {})):
+    unmarked = tuple(row.get("unmarked", ()))
+    for column in (*row.get("paper", {}), *row.get("std", {}), *unmarked):
         _known(f"a figure of the paper in row {row['name']!r} of table {name}", column, _figures(name, stored[name]))
     paper = _tuples(row.get("paper", {}))
-    return Row(row["name"], paper, row.get("std", {}), runs, reason=reason, not_run=row.get("not_run", ""))
+    return Row(row["name"], paper, row.get("std", {}), runs, reason, row.get("not_run", ""), unmarked)
 
 
 def _run(
@@ -378,7 +381,7 @@ def _recipe(name: str, common: Mapping[str, Any], row: Mapping[str, Any]) -> dic
         for key in recipe[budget]:
             _known(f"{budget} of row {row['name']!r} of table {name}", key, SCHEDULE | BUDGET)
     for key in row:
-        _known(f"row {row['name']!r} of table {name}", key, RECIPE | {"name", "paper", "std", "reason"})
+        _known(f"row {row['name']!r} of table {name}", key, RECIPE | {"name", "paper", "std", "reason", "unmarked"})
     if recipe.get("from", SMALL) not in (SMALL, NOISY):
         raise InvalidValueError(
             f"from={recipe['from']!r} of row {row['name']!r} of table {name}: must be small or noisy"
