@@ -78,10 +78,11 @@ def page() -> str:
     ]
     return (
         "# Stored runs\n\nOne JSON for each run, as `vardrop compress` writes it: configuration, seed, versions, "
-        "commit, history by epoch (of large records in `tables/` the last one only), figures after pruning and after "
-        "compaction. Add `--data-root FOLDER` for a local copy of the data. `tables/` holds the cells of [the papers' "
-        "tables](../docs/tables.md), each made again by `vardrop reproduce`; some started from an original that was "
-        "trained anew, not from the one stored beside them, as the error of their `original` tells. This page is made by `python results/render.py --write`.\n\n"
+        "commit, history by epoch (of large records in `tables/` the last one only), figures after pruning and "
+        "after compaction. Add `--data-root FOLDER` for a local copy of the data. `tables/` holds the cells of "
+        "[the papers' tables](../docs/tables.md), each made again by `vardrop reproduce`; some started from an "
+        "original that was trained anew, not from the one stored beside them, as the error of their `original` "
+        "tells. This page is made by `python results/render.py --write`.\n\n"
         f"{table()}\n## The commands\n\n" + "\n".join(commands) + "\n"
     )
 
