@@ -356,7 +356,7 @@ def demo(
     console.print(demo_table(shown.rows))
     console.print(
         f"The small net gives the outputs of the pruned one (largest difference {shown.largest_difference:.1e}).\n"
-        f"picture: {shown.picture}\nreport:  {shown.page}",
+        f"picture: {escape(str(shown.picture))}\nreport:  {escape(str(shown.page))}",
         soft_wrap=True,
     )
 

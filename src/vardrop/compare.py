@@ -33,8 +33,10 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """Original over small; infinite where the small one has none."""
-        return self.original / self.small if self.small else float("inf")
+        """Original over small; infinite where the small one alone has none."""
+        if not self.small:
+            return float("inf") if self.original else 1.0
+        return self.original / self.small
 
 
 @dataclass(frozen=True)

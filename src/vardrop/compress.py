@@ -79,8 +79,8 @@ class Job:
     schedule: Schedule
     validation: int = 0
     pretrain: int = 0
-    pretrained: Path | None = None
-    data_root: Path | None = None
+    pretrained: str | Path | None = None
+    data_root: str | Path | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     parts: tuple[tuple[str, Method], ...] = ()
@@ -137,7 +137,7 @@ class Listeners:
     on_stage: Callable[[str, int], None] = lambda name, epochs: None
 
 
-def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> dict[str, Any]:
+def compress(job: Job, folder: str | Path, *, listeners: Listeners | None = None) -> dict[str, Any]:
     """Does the whole `job` in `folder` and returns what it also writes to ``run.json``.
 
     A `folder` in which the same job was broken off is taken up where it stood.
@@ -147,6 +147,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
         DataError: the data does not fit the net, or cannot be trained on.
     """
     listeners = listeners or Listeners()
+    folder = Path(folder)
     work = _begin(job, folder)
     with _where_to_write(folder) as work.folder:
         if job.pretrain:
@@ -158,7 +159,7 @@ def compress(job: Job, folder: Path, *, listeners: Listeners | None = None) -> d
             compiled = job.schedule.epochs * len(work.fit.y) >= WORTH_COMPILING
             fast(work.net.to(device), compiled=compiled)
             if compiled:
-                example = work.fit.x[: job.schedule.batch_size].to(device)
+                example = work.fit.x[: job.schedule.batch_size].clone().to(device)
                 work.facts["compile_seconds"] = compile_seconds(work.net, example)
         listeners.on_stage(job.method.command_name(), job.schedule.epochs)
         return _finish(work, whole, _train(work, job.schedule, folder, listeners))
@@ -276,7 +277,7 @@ def _put_noise(net: nn.Module, job: Job) -> None:
     convert(net, {**dict(job.parts), "*": job.method}, include=job.include or None, exclude=job.exclude or None)
 
 
-def _started(net: nn.Module, stored: Path) -> tuple[nn.Module, Pruned | None]:
+def _started(net: nn.Module, stored: str | Path) -> tuple[nn.Module, Pruned | None]:
     """`net` with the weights `stored`; where these have noise, also what could live before any unit left."""
     uncut = deepcopy(net)
     net = load_weights(net, stored)
@@ -406,7 +407,7 @@ def error_and_nll(model: nn.Module, split: Split) -> tuple[float, float]:
     wrong, nll = 0.0, 0.0
     with in_eval_mode(model):
         for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
-            logits = model(x.to(device)).float()
+            logits = model(x.clone().to(device)).float()  # a net may change its input in place
             wrong += (logits.argmax(dim=1) != y.to(device)).sum().item()
             nll += F.cross_entropy(logits, y.to(device), reduction="sum").item()
     return wrong / split.y.numel(), nll / split.y.numel()
@@ -429,7 +430,7 @@ def _counts(counted: Pruned) -> dict[str, Any]:
 
 @torch.no_grad()
 def _largest_difference(net: nn.Module, small: nn.Module, x: Tensor) -> float:
-    pairs = ((net(part), small(part)) for part in x.split(EVALUATION_BATCH))
+    pairs = ((net(part.clone()), small(part.clone())) for part in x.split(EVALUATION_BATCH))
     return max(float((left - right).abs().max()) for left, right in pairs)
 
 

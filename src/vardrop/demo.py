@@ -36,13 +36,14 @@ class Shown:
     page: Path
 
 
-def demo(folder: Path, *, listeners: Listeners | None = None) -> Shown:
+def demo(folder: str | Path, *, listeners: Listeners | None = None) -> Shown:
     """Trains a plain net on digits, sparsifies it, makes it small, exports it, and compares the two.
 
     Writes the run, both nets as ONNX, a report and a picture into `folder`. A finished demo in `folder` is not
     trained again, only measured.
     """
     job = Job(net=NET, data="digits", method=SparseVD(train_clip=True), schedule=SCHEDULE, pretrain=PRETRAIN_EPOCHS)
+    folder = Path(folder)
     check_folder(folder, job)
     run = read_run(folder) if (folder / RUN).exists() else compress(job, folder, listeners=listeners)
     data = load_data(job.data)

@@ -41,7 +41,7 @@ ONE_PASS = (figures.SMALL, figures.PRUNED, ONE_DRAW, ensemble_of(1))
 """The ways to predict in which no two draws can disagree."""
 
 
-def load_small(folder: Path, data: Data) -> nn.Module:
+def load_small(folder: str | Path, data: Data) -> nn.Module:
     """The small net of the run in `folder`, in eval mode.
 
     Raises:
@@ -50,7 +50,7 @@ def load_small(folder: Path, data: Data) -> nn.Module:
     return _load(folder, SMALL, data)
 
 
-def load_noisy(folder: Path, data: Data) -> nn.Module:
+def load_noisy(folder: str | Path, data: Data) -> nn.Module:
     """The pruned net of the run in `folder` with its noise, in eval mode.
 
     Raises:
@@ -60,7 +60,7 @@ def load_noisy(folder: Path, data: Data) -> nn.Module:
 
 
 def evaluate(
-    folder: Path, *, data_root: Path | None = None, samples: int = 20, ood: str | None = None
+    folder: str | Path, *, data_root: str | Path | None = None, samples: int = 20, ood: str | None = None
 ) -> dict[str, Any]:
     """How well the run in `folder` predicts its test data, and how well it knows when it does not know.
 
@@ -89,6 +89,7 @@ def evaluate(
         raise InvalidValueError(f"samples={samples}: must be at least 1")
     metrics.need()
     figures.need()
+    folder = Path(folder)
     data = _data(folder, data_root)
     strange = None if ood is None else load_inputs(ood, input_shape=data.input_shape, data_root=data_root)
     if strange is not None and strange.dtype != data.test.x.dtype:
@@ -99,7 +100,7 @@ def evaluate(
     def predictions(x: Tensor) -> dict[str, Tensor]:
         drawn = draws(noisy, x, samples=samples, generator=generator)
         with torch.no_grad():
-            ways = {figures.SMALL: small(x)[None], figures.PRUNED: noisy(x)[None], ONE_DRAW: drawn[:1]}
+            ways = {figures.SMALL: small(x.clone())[None], figures.PRUNED: noisy(x.clone())[None], ONE_DRAW: drawn[:1]}
         ways[ensemble_of(samples)] = drawn
         return {way: logits.double().log_softmax(dim=2) for way, logits in ways.items()}
 
@@ -107,16 +108,16 @@ def evaluate(
     unknown = None if strange is None else _measured(predictions, strange)
     record = {"samples": samples, "ood": ood, **_figures(known, unknown)}
     text = json.dumps(record, indent=1, allow_nan=False)
-    replace_file(folder / EVALUATION, lambda path: path.write_text(text))
     picture = figures.uncertainty(record)
+    replace_file(folder / EVALUATION, lambda path: path.write_text(text))
     figures.keep(picture, folder / PICTURE)
     return record
 
 
 def measure_run(
-    folder: Path,
+    folder: str | Path,
     *,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     repeats: int = 200,
     onnx: bool = True,
     batch_sizes: Sequence[int] = (1, 128),
@@ -132,6 +133,7 @@ def measure_run(
         DataError: the data of the run cannot be had.
         MissingExtraError: an extra is not installed.
     """
+    folder = Path(folder)
     data = _data(folder, data_root)
     stored = (folder / ORIGINAL).is_dir()
     original = _load(folder, ORIGINAL, data) if stored else _build(folder, data).eval()
@@ -149,7 +151,7 @@ def measure_run(
     return found
 
 
-def export(folder: Path, path: Path, *, data_root: Path | None = None) -> None:
+def export(folder: str | Path, path: str | Path, *, data_root: str | Path | None = None) -> None:
     """Writes the small net of the run in `folder` to the ONNX file `path`.
 
     Raises:
@@ -214,14 +216,14 @@ def _histogram(inside: Tensor, outside: Tensor) -> dict[str, list[float]]:
     return {"edges": edges.tolist(), **counts}
 
 
-def _data(folder: Path, data_root: Path | None) -> Data:
+def _data(folder: str | Path, data_root: str | Path | None) -> Data:
     config = read_run(folder)["config"]
     return load_data(config["data"], data_root=data_root)
 
 
-def _load(folder: Path, part: str, data: Data) -> nn.Module:
-    return load(folder / part, lambda: _build(folder, data)).eval()
+def _load(folder: str | Path, part: str, data: Data) -> nn.Module:
+    return load(Path(folder) / part, lambda: _build(folder, data)).eval()
 
 
-def _build(folder: Path, data: Data) -> nn.Module:
+def _build(folder: str | Path, data: Data) -> nn.Module:
     return build_net(read_run(folder)["config"]["net"], input_shape=data.input_shape, num_classes=data.num_classes)

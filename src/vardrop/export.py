@@ -26,8 +26,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
     """Writes `model` as ONNX file `path`, with a free batch size, and checks it in onnxruntime first.
 
     What is exported is the model in eval mode; of a converted one its deterministic, pruned network. Outputs in a dict
-    keep its keys as their names. The file's outputs must be those of torch, to 1e-4 of the largest, on the example and
-    on a batch one longer.
+    keep its keys as their names. The file's outputs must be those of torch, to 1e-4 of the largest or of 1, whichever
+    is more, on the example and on a batch one longer.
 
     Args:
         model: plain, compacted or converted; it is left as it is.

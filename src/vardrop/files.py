@@ -15,6 +15,8 @@ RUN = "run.json"
 HISTOGRAMS = "histograms.json"
 FIRST_LAYER = "first_layer.safetensors"
 EVALUATION = "evaluation.json"
+TOLD = {"config", "seed", "versions", "layers", "commit", "seconds", "history", "pruned", "compacted"}
+"""What every record of a run says."""
 PART = ".part"
 """Suffix of a file that is being written; one whose process was killed stays behind and is no one's."""
 
@@ -25,7 +27,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: `path` is a folder, or the file could not be written; what was at `path` before is still there.
     """
-    if not path.name or path.is_dir():
+    if not path.name or is_folder(path):
         raise StorageError(f"{path} is a folder: name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
@@ -44,6 +46,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder.
+
+    Raises:
+        StorageError: nothing can be called so.
+    """
+    try:
+        return path.resolve().is_dir()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{str(path)!r:.80} cannot be a path ({error}): choose another") from error
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder `path`, and those above it, where they are not there.
 
@@ -56,20 +70,20 @@ def make_folder(path: Path) -> None:
         raise StorageError(f"{path} cannot be a folder ({error.strerror}): choose another") from error
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: str | Path) -> dict[str, Any]:
     """What a finished run in `folder` says of itself.
 
     Raises:
         StorageError: there is no finished run, or its record is damaged.
     """
-    path = folder / RUN
+    path = Path(folder) / RUN
     if not path.is_file():
         raise StorageError(f"{path} does not exist: {folder} must be the folder of a finished `vardrop compress`")
     try:
         run: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise StorageError(f"{path} is not readable JSON ({error})") from error
-    if not isinstance(run, dict) or "config" not in run:
+    if not isinstance(run, dict) or not run.keys() >= TOLD or not run["config"].keys() >= {"net", "data", "method"}:
         raise StorageError(
             f"{path} is no record of a run: {folder} must be the folder of a finished `vardrop compress`"
         )

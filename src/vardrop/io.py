@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from vardrop.baselines import baselines
 from vardrop.errors import InvalidValueError, StorageError
+from vardrop.files import is_folder
 from vardrop.methods import Method, methods
 from vardrop.noise import InputGate
 from vardrop.refusals import check_model
@@ -212,7 +213,7 @@ def _with_aliases(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
 
 def is_model_folder(folder: Path) -> bool:
     """Whether `folder` holds a stored model and nothing else."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} == {TENSORS, RECORD}
+    return is_folder(folder) and {path.name for path in folder.iterdir()} == {TENSORS, RECORD}
 
 
 def methods_by_layer(model: nn.Module) -> dict[str, tuple[Method, ...]]:
@@ -304,12 +305,12 @@ def _write(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> 
         for path in new.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             new.rename(folder)
-        except OSError:
-            if old.exists():
+        except BaseException:  # also of a key pressed between the two
+            if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
     except (OSError, SafetensorError) as error:

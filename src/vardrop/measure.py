@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vardrop.errors import InvalidValueError
-from vardrop.modes import in_eval_mode
+from vardrop.modes import copied, in_eval_mode
 from vardrop.noise import InputGate
 from vardrop.refusals import does_not_run
 from vardrop.sites import Site, folded, sites, tensor_of
@@ -103,7 +103,7 @@ def open_units(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> list[f
     try:
         with in_eval_mode(model):
             for part in x.split(batch_size) if gates else ():
-                model(part)
+                model(part.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -124,12 +124,25 @@ def flops(model: nn.Module, example_inputs: Inputs) -> int:
     16
     """
     counter, inputs = FlopCounterMode(display=False, custom_mapping=WITH_VECTORS), _as_tuple(example_inputs)
-    with torch.no_grad(), in_eval_mode(model), _in_plain_operations(), counter:
+    with torch.no_grad(), in_eval_mode(model), _without_draws(model), _in_plain_operations(), counter:
         try:
-            model(*inputs)
+            model(*copied(inputs))
         except Exception as error:
             raise InvalidValueError(does_not_run(model, inputs, error)) from error
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _without_draws(model: nn.Module) -> Iterator[None]:
+    """The noise of `model` switched off, whatever its switch says; that comes back at the end."""
+    switches = {site.noise: site.noise.on for site in sites(model)}
+    try:
+        for noise in switches:
+            noise.on = False
+        yield
+    finally:
+        for noise, on in switches.items():
+            noise.on = on
 
 
 def latency(
@@ -180,7 +193,7 @@ def latencies(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), in_eval_mode(*(c for c in candidates.values() if isinstance(c, nn.Module))):
+        with torch.no_grad(), in_eval_mode(*(c for c in candidates.values() if isinstance(c, nn.Module))):
             for turn in range(-max(1, repeats // 10), repeats):
                 for name, call in calls.items():
                     started = perf_counter()

@@ -62,6 +62,7 @@ def judge(log_probabilities: Tensor, y: Tensor) -> Judged:
     tensor([1.1250])
     """
     mean = uncertainty.predictive_log_probabilities(log_probabilities)
+    y = _labels(y, mean)
     best = mean.max(dim=1)
     found = (
         best.values.exp(),

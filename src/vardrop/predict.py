@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vardrop.errors import InvalidValueError
 from vardrop.layers import samples_outputs
 from vardrop.lrt import at_least_float32
-from vardrop.modes import in_eval_mode
+from vardrop.modes import copied, in_eval_mode
 from vardrop.noise import Noise
 from vardrop.sites import Site, batched, sites
 
@@ -150,7 +150,7 @@ def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iter
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InvalidValueError(f"samples={samples!r}: must be a whole number, at least 1")
     inputs = x if isinstance(x, tuple) else (x,)
-    first, size = _first_pass(model, inputs)
+    first, size = _first_pass(model, copied(inputs))
     if not isinstance(first, Tensor):
         raise InvalidValueError(
             f"the model returns a {type(first).__name__}: must return a tensor; wrap it in a module that picks one"
@@ -162,7 +162,7 @@ def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iter
         together = _together(model, inputs, min(some, left)) if some > 1 else None
         if together is None:
             some = 1
-            together = model(*inputs)[None]
+            together = model(*copied(inputs))[None]
         yield together
         left -= len(together)
 
@@ -198,24 +198,35 @@ def _draws_whole_weight(site: Site) -> bool:
 def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor | None:
     """`samples` draws in one pass on the plain path; ``None`` where ``vmap`` cannot follow the model.
 
-    It cannot follow one that keeps what it computes: then the model is given back as it was.
+    It cannot follow one that keeps what it computes, on a module or in lists and dicts there: then the model is given
+    back as it was.
     """
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    before = [(holder, holder.copy()) for holder in _holders(model)]
     found: Tensor | None
     try:
         with batched(model):
-            each = torch.func.vmap(lambda _: model(*inputs), randomness="different")
+            each = torch.func.vmap(lambda _: model(*copied(inputs)), randomness="different")
             found = each(torch.empty(samples))
     except RuntimeError:
         found = None
-    kept = (value for module, _, _ in before for value in (*vars(module).values(), *module._buffers.values()))
+    kept = (leaf for holder in _holders(model) for leaf in (holder.values() if isinstance(holder, dict) else holder))
     if found is None or any(
         torch._C._functorch.is_batchedtensor(leaf) for leaf in tree_leaves(list(kept)) if isinstance(leaf, Tensor)
     ):
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for holder, content in before:
+            holder.clear()
+            holder.update(content) if isinstance(holder, dict) else holder.extend(content)
         return None
     return found
+
+
+def _holders(model: nn.Module) -> list[dict[Any, Any] | list[Any]]:
+    """The attributes of each module of `model`, and the lists and dicts among them, and within these."""
+    found: dict[int, dict[Any, Any] | list[Any]] = {}
+    left: list[Any] = [vars(module) for module in model.modules()]
+    while left:
+        holder = left.pop()
+        if isinstance(holder, dict | list) and id(holder) not in found:
+            found[id(holder)] = holder
+            left += holder.values() if isinstance(holder, dict) else holder
+    return list(found.values())

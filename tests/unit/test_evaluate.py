@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import vardrop as vd
 from vardrop.compress import NOISY, Job, compress
-from vardrop.errors import DataError, InvalidValueError, MissingExtraError
+from vardrop.errors import DataError, InvalidValueError, MissingExtraError, StorageError
 from vardrop.evaluate import BATCH, PICTURE, evaluate
 from vardrop.files import EVALUATION
 from vardrop.report import report
@@ -114,6 +115,41 @@ def test_without_strange_inputs_there_is_nothing_about_them(tmp_path):
     record = evaluate(compressed(tmp_path / "a", net="mlp-20"), samples=2)
     assert record["ood"] is None and record["histograms"] == {}
     assert all(list(row) == ["error", "nll", "brier", "ece"] for row in record["rows"].values())
+
+
+def test_a_single_draw_has_no_mutual_information_to_draw(evaluated, tmp_path):
+    folder, strange, _ = evaluated
+    again = shutil.copytree(folder, tmp_path / "again")
+    record = evaluate(str(again), samples=1, ood=strange)
+    assert "mutual_information" not in record["histograms"]["ensemble of 1 draws"]
+    assert report(again).exists() and (again / PICTURE).exists()
+
+
+def test_a_net_that_changes_its_input_in_place_is_judged_on_the_data(tmp_path):
+    text = "from torch import nn\n"
+    for name, change in (("inplace", "x.sub_(0.3).div_(0.4)"), ("outside", "(x - 0.3) / 0.4")):
+        text += f"class {name}(nn.Sequential):\n    def forward(self, x):\n        return super().forward({change})\n"
+        text += f"def {name}_net():\n    return {name}(nn.Flatten(), nn.Linear(64, 10))\n"
+    (tmp_path / "nets.py").write_text(text)
+    folders = [compressed(tmp_path / name, net=f"{tmp_path / 'nets.py'}:{name}_net") for name in ("inplace", "outside")]
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    for stage in ("trained", "pruned", "compacted"):
+        assert records[0][stage]["nll"] == pytest.approx(records[1][stage]["nll"], rel=1e-4)
+    assert records[0]["compacted"]["largest_difference"] < 1e-4
+    found = [evaluate(folder, samples=3)["rows"] for folder in folders]
+    for way in found[0]:
+        assert found[0][way]["nll"] == pytest.approx(found[1][way]["nll"], rel=1e-4)
+
+
+def test_a_record_without_its_parts_is_told_to_be_damaged(evaluated, tmp_path):
+    folder, _, _ = evaluated
+    again = shutil.copytree(folder, tmp_path / "again")
+    whole = json.loads((again / "run.json").read_text())
+    for part in ("history", "seed", "pruned", "config"):
+        damaged = {key: value for key, value in whole.items() if key != part}
+        (again / "run.json").write_text(json.dumps({**damaged, "config": {}} if part == "config" else damaged))
+        with pytest.raises(StorageError, match="is no record of a run"):
+            report(again)
 
 
 def test_labels_of_sequences_count_one_by_one(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,32 @@ def test_a_full_disk_leaves_the_old_model_and_no_rubbish(tmp_path, monkeypatch):
         vd.save(nn.Linear(3, 3), tmp_path / "a", overwrite=True)
     assert (tmp_path / "a" / io.TENSORS).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_key_pressed_while_folders_change_places_leaves_the_old_model(tmp_path, monkeypatch):
+    vd.save(nn.Linear(2, 2), tmp_path / "a")
+    rename, calls = Path.rename, []
+
+    def interrupted(path, target):
+        calls.append(path)
+        done = rename(path, target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vd.save(nn.Linear(3, 3), tmp_path / "a", overwrite=True)
+    assert vd.load(tmp_path / "a", lambda: nn.Linear(2, 2)).in_features == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_a_name_that_nothing_can_have_is_refused(tmp_path, name):
+    with pytest.raises(StorageError, match="cannot be a path"):
+        vd.save(nn.Linear(2, 2), tmp_path / name)
+    with pytest.raises(StorageError, match="cannot be a path"):
+        files.replace_file(tmp_path / name, Path.touch)
 
 
 def test_missing_truncated_and_foreign_folders_are_refused(tmp_path):

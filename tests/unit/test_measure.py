@@ -123,6 +123,39 @@ def test_latencies_are_medians_of_calls_taken_in_turns():
     assert 0 < found["fast"] < 0.02 <= found["slow"] < 0.2
 
 
+class Merging(nn.Module):
+    """A net whose ``train`` merges a part into its weight for inference, and takes it apart for training."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.merged, self.cache = nn.Linear(3, 2), False, None
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        self.cache = torch.ones(3) if self.cache is None else self.cache
+        return self.linear(x.sub_(1.0) * self.cache)
+
+
+def test_measuring_leaves_a_net_and_its_inputs_as_they_were():
+    net, x = Merging(), torch.zeros(2, 3)
+    assert flops(net, x) == 24 and open_units(net, x) == []
+    assert not net.merged and net.training and not x.any()
+    latencies({"net": net}, x.clone(), repeats=1)
+    assert not net.merged
+    net(x.clone()).sum().backward()  # what it keeps can be trained on
+
+
+def test_flops_are_those_without_noise_whatever_its_switch_says():
+    net = vd.convert(nn.Linear(3, 2), vd.SparseVD())
+    vd.noise(net, on=True)
+    state = torch.get_rng_state()
+    assert flops(net, torch.zeros(1, 3)) == 12
+    assert torch.equal(state, torch.get_rng_state()) and net.noise.on
+
+
 def test_the_first_call_is_not_timed():
     calls = []
 

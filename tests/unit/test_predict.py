@@ -168,6 +168,32 @@ def test_a_net_that_keeps_what_it_computes_is_whole_afterwards():
     assert copy.deepcopy(net)(x).shape == (2, 3)
 
 
+class Collecting(nn.Module):
+    """A net that changes its input in place, and keeps what it computes in a list and in a dict of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen, self.kept = nn.Linear(4, 3), [], {"all": []}
+
+    def forward(self, x):
+        output = self.linear(x.add_(1.0))
+        self.seen.append(output)
+        self.kept["all"].append(output)
+        return output
+
+
+def test_what_a_net_does_to_its_input_and_keeps_in_lists_outlives_no_pass_together():
+    net, x = vd.convert(Collecting(), vd.SparseVD(init_log_std=-9.0)), torch.zeros(5, 4)
+    found = vd.draws(net, x, samples=6)
+    assert not x.any()
+    torch.testing.assert_close(found.mean(0), net.linear(x + 1.0), atol=1e-2, rtol=0)
+    assert found.std(0).max() < 1e-2
+    for kept in (net.seen, net.kept["all"]):
+        assert len(kept) == 6
+        torch.testing.assert_close(torch.stack(kept), found)
+    copy.deepcopy(net)
+
+
 def test_hooks_see_every_draw_by_itself():
     net, seen = vd.convert(nn.Linear(4, 3), vd.ARD(init_log_std=0.0)), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(output))

@@ -131,7 +131,9 @@ def ood(records: dict[str, dict[str, Any]]) -> Figure:
 def _histograms(axes: list[Axes], record: dict[str, Any], prefix: str) -> None:
     """Shares of known and of strange inputs by entropy of the quiet pass, and both measures of the ensemble."""
     drawn = [(way, name) for way in (PRUNED, *list(record["rows"])[-1:]) for name in record["histograms"][way]]
-    for axis, (way, name) in zip(axes, drawn, strict=True):
+    for axis in axes[len(drawn) :]:  # a single draw has no mutual information
+        axis.set_visible(False)
+    for axis, (way, name) in zip(axes, drawn, strict=False):
         found = record["histograms"][way][name]
         for kind, label in (("inside", "test data"), ("outside", "strange inputs")):
             shares = [100 * count / sum(found[kind]) for count in found[kind]]

@@ -64,7 +64,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(folder)
     page = _page(folder, read_run(folder))
     target = folder / "report.html" if out is None else Path(out)
-    replace_file(target, lambda aside: aside.write_text(page))
+    replace_file(target, lambda aside: aside.write_text(page, encoding="utf-8"))
     return target
 
 
@@ -86,7 +86,7 @@ def _page(folder: Path, run: dict[str, Any]) -> str:
             _picture(figures.log_alpha_histograms(histograms, threshold)) if histograms else None,
         ),
         ("Uncertainty, by `vardrop evaluate`", _picture(figures.uncertainty(evaluation)) if evaluation else None),
-        ("First layer: surviving weights", _first_layer(folder / FIRST_LAYER)),
+        ("First noisy layer: surviving weights", _first_layer(folder / FIRST_LAYER)),
         ("Configuration", _config_table(config)),
     ]
     body = "".join(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vardrop.errors import GraphError
 from vardrop.layers import is_conv1d
+from vardrop.modes import copied
 from vardrop.surgery.graph import Graph, as_arguments, read
 from vardrop.surgery.layer_rules import canonical, contribution
 from vardrop.surgery.plan import Alive, Plan, describe, folded, solve
@@ -269,9 +270,8 @@ def stacked(first: Any, second: Any) -> Any:
 
 def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     """The outputs of `model`, without gradients, as a list of leaves; it gets copies of the `inputs`."""
-    copies = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
     with torch.no_grad():
-        return tree_leaves(model(*copies))
+        return tree_leaves(model(*copied(inputs)))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -25,6 +25,7 @@ from torch.fx import Node
 from torch.nn.utils.rnn import PackedSequence
 
 from vardrop.errors import GraphError, InvalidValueError
+from vardrop.modes import copied
 from vardrop.refusals import does_not_run
 from vardrop.surgery.reading import (
     Balance,
@@ -201,7 +202,7 @@ def _trace(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Traced, Mappin
     ]
     try:
         with torch.no_grad():
-            model(*arguments)
+            model(*copied(arguments))
     except Exception as error:
         raise GraphError(does_not_run(model, arguments, error)) from error
     finally:

@@ -80,7 +80,7 @@ def reproduce(
             (where / "table.md", f"{markdown(table, found)}\n{legend()}"),
             (where / "table.html", page([table], found)),
         ):
-            replace_file(path, lambda aside, text=text: aside.write_text(text))  # type: ignore[misc]
+            replace_file(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         console.print(f"the table is in {where / 'table.html'} and {where / 'table.md'}", soft_wrap=True)
     return failed
 

@@ -78,7 +78,7 @@ class Data:
         return tuple(self.train.x.shape[1:])
 
 
-def load_data(spec: str, *, data_root: Path | None = None) -> Data:
+def load_data(spec: str, *, data_root: str | Path | None = None) -> Data:
     """The data set called `spec`, checked.
 
     Args:
@@ -109,7 +109,7 @@ def load_data(spec: str, *, data_root: Path | None = None) -> Data:
     return _checked(spec, _from_hub(DATASETS.get(spec, spec), data_root))
 
 
-def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: Path | None = None) -> Tensor:
+def load_inputs(spec: str, *, input_shape: tuple[int, ...], data_root: str | Path | None = None) -> Tensor:
     """The test inputs of the data set called `spec`, which may have other labels than a net knows, or no train split.
 
     Args:
@@ -235,13 +235,13 @@ def _digits() -> tuple[Split, Split]:
     return Split(x_train.float()[:, None], y_train.long()), Split(x_test.float()[:, None], y_test.long())
 
 
-def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
+def _tables(name: str, data_root: str | Path | None, *splits: str) -> Any:
     """The data set `name` as it is on the Hub; it must have the `splits`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise MissingExtraError(f"the data set {name!r}", "cli") from error
-    path = name if data_root is None else str(data_root / name)
+    path = name if data_root is None else str(Path(data_root) / name)
     if data_root is not None and not Path(path).is_dir():
         raise DataError(f"data {name!r}: there is no folder {path}; it must hold the data set as it is on the Hub")
     try:
@@ -257,7 +257,7 @@ def _tables(name: str, data_root: Path | None, *splits: str) -> Any:
     return found
 
 
-def _from_hub(name: str, data_root: Path | None) -> tuple[Split, ...]:
+def _from_hub(name: str, data_root: str | Path | None) -> tuple[Split, ...]:
     found = _tables(name, data_root, "train", "test")
     tables = {part: found[split] for part, split in PARTS.items() if split in found}
     columns = set(tables["training"].column_names)

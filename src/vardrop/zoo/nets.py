@@ -228,7 +228,7 @@ def check_fits(spec: str, net: nn.Module, data: Data) -> None:
     """
     try:
         with in_eval_mode(net), torch.no_grad():
-            output = net(data.train.x[:1])
+            output = net(data.train.x[:1].clone())
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
