@@ -30,6 +30,8 @@ WITH_VECTORS = {
     torch.ops.aten.mv: lambda matrix, vector, **_: 2 * math.prod(matrix),
     torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * math.prod(matrix),
     torch.ops.aten.dot: lambda left, right, **_: 2 * math.prod(left),
+    torch.ops.aten.vdot: lambda left, right, **_: 2 * math.prod(left),
+    torch.ops.aten.addbmm: lambda bias, left, right, **_: 2 * math.prod(left) * right[-1],
 }
 """FLOPs, by the shapes of the arguments, of the products that torch's counter leaves out."""
 
@@ -114,7 +116,7 @@ def flops(model: nn.Module, example_inputs: Inputs) -> int:
     """Floating-point operations of one pass in eval mode: matrix products and convolutions, multiply and add apart.
 
     Zeros count like other numbers, so this is what dense arithmetic costs. Elementwise operations do not count, nor do
-    the sums of three factors in ``nn.Bilinear``.
+    the sums of three factors in ``nn.Bilinear``, nor quantised products.
 
     Raises:
         InvalidValueError: `example_inputs` is neither a tensor nor a tuple of the inputs, or nothing `model` runs on.

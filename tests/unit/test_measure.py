@@ -313,6 +313,7 @@ def test_a_net_that_does_not_run_on_the_inputs_is_named():
 def test_flops_of_products_with_a_vector_are_counted():
     class Vectors(nn.Module):
         def forward(self, x, v):
-            return x @ v + torch.addmv(v[:1], x, v) * (v @ v)
+            summed = torch.addbmm(x[:, :1], x.expand(2, 3, 5), x.T.expand(2, 5, 3))
+            return x @ v + torch.addmv(v[:1], x, v) * (v @ v) * torch.vdot(v, v) + summed
 
-    assert flops(Vectors(), (torch.ones(3, 5), torch.ones(5))) == 2 * (15 + 15 + 5)
+    assert flops(Vectors(), (torch.ones(3, 5), torch.ones(5))) == 2 * (15 + 15 + 5 + 5 + 2 * 3 * 5 * 3)
