@@ -2,6 +2,8 @@
 
 import copy
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import vardrop as vd
 from vardrop.errors import ConversionError, UnsupportedLayerError
+from vardrop.layers.stepwise import stepwise
 
 KINDS = {
     "rnn-tanh": lambda *args, **options: nn.RNN(*args, **options),
@@ -115,7 +118,7 @@ def test_the_law_of_the_outputs_is_that_of_one_draw_of_the_weights_for_all_steps
 
 
 @pytest.mark.parametrize("method", [vd.SparseVD(init_log_std=0.0), vd.BernoulliDropout()], ids=["gaussian", "binary"])
-def test_a_pass_shares_its_draw_over_time_and_batch_and_the_next_pass_has_its_own(method):
+def test_a_pass_shares_its_draw_over_time_and_the_next_pass_has_its_own(method):
     net = vd.convert(nn.RNN(30, 50, nonlinearity="relu", bias=False), method)
     with torch.no_grad():
         net.weight_hh_l0.zero_()
@@ -123,7 +126,9 @@ def test_a_pass_shares_its_draw_over_time_and_batch_and_the_next_pass_has_its_ow
             net.noise["weight_hh_l0"].log_std.fill_(-40.0)
     x = torch.randn(30).expand(6, 4, 30)
     first, second = net(x)[0], net(x)[0]
-    torch.testing.assert_close(first, first[:1, :1].expand_as(first))
+    torch.testing.assert_close(first, first[:1].expand_as(first))
+    for one, other in pairwise(first[0]):  # the sequences share a draw of weights, but none of binary masks
+        assert torch.allclose(one, other) == isinstance(method, vd.SparseVD)
     assert not torch.allclose(first, second)
 
 
@@ -244,6 +249,42 @@ def test_binary_dropout_is_one_mask_on_inputs_and_one_on_hidden_units_at_every_s
     expected = with_masks(kind, net, x, on_inputs[0].double(), on_hidden[0].double())
     torch.testing.assert_close(seeded(net, x)[0], expected)
     assert ((on_inputs == 0).any(), (on_hidden == 0).any()) == (rate > 0, recurrent > 0)
+
+
+@every_kind
+def test_every_sequence_has_binary_masks_of_its_own(kind):
+    net = vd.convert(KINDS[kind](7, 9, batch_first=True).double(), vd.BernoulliDropout(rate=0.3, recurrent_rate=0.5))
+    x, draws = torch.randn(4, 6, 7, dtype=torch.float64), torch.Generator().manual_seed(1)
+    on_inputs, on_hidden = (
+        ((torch.rand(4, size, generator=draws) >= rate) / (1 - rate)).double() for size, rate in ((7, 0.3), (9, 0.5))
+    )
+    expected = [with_masks(kind, net, *parts) for parts in zip(x, on_inputs, on_hidden, strict=True)]
+    torch.testing.assert_close(seeded(net, x)[0], torch.stack(expected))
+
+
+@every_kind
+@pytest.mark.parametrize("form", ["plain", "batch_first", "unbatched", "packed", "packed in order"])
+@pytest.mark.parametrize("given", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("more", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}], ids=["one", "several"])
+def test_step_by_step_a_layer_gives_what_torch_gives(kind, form, given, more):
+    net = KINDS[kind](5, 4, batch_first=form == "batch_first", **more).double()
+    x, lengths = torch.randn(6, 3, 5, dtype=torch.float64), [2, 6, 3] if form == "packed" else [6, 3, 3]
+    forms = {"batch_first": lambda: x.transpose(0, 1), "unbatched": lambda: x[:, 0], "plain": lambda: x}
+    pack = partial(pack_padded_sequence, x, lengths, enforce_sorted=form != "packed")
+    given_x = forms.get(form, pack)()
+    shape = (net.num_layers * (1 + net.bidirectional), *(() if form == "unbatched" else (3,)), 4)
+    states = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    hx = None if not given else tuple(states) if kind == "lstm" else states[0]
+    for found, expected in zip(leaves(stepwise(net, given_x, hx, {})), leaves(net(given_x, hx)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_step_by_step_torchs_own_dropout_stays_and_a_state_of_another_shape_is_refused():
+    net, x = nn.LSTM(3, 4, num_layers=2, dropout=0.5), torch.randn(5, 2, 3)
+    assert not torch.allclose(stepwise(net, x, None, {})[0], stepwise(net, x, None, {})[0])
+    torch.testing.assert_close(stepwise(net.eval(), x, None, {})[0], net(x)[0])
+    with pytest.raises(RuntimeError, match=r"hx has shape \(2, 1, 4\): must be \(2, 2, 4\)"):
+        stepwise(net, x, (torch.zeros(2, 1, 4), torch.zeros(2, 1, 4)), {})
 
 
 def with_masks(kind, net, x, on_inputs, on_hidden):

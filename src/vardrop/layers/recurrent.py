@@ -1,5 +1,7 @@
 """Noisy recurrent layers: one draw of the weights serves all time steps and the whole minibatch.
 
+Of noise that drops inputs each sequence has a draw of its own, for all of its time steps (arXiv:1512.05287).
+
 The output of step t depends on the same recurrent weights as its input, so it is not Gaussian given that input and
 local reparameterisation does not apply (arXiv:1708.00077, section 3). The biases carry no noise.
 """
@@ -10,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vardrop.layers.stepwise import sequences_in, stepwise
 from vardrop.noise import Layout, noises_of
 
 
@@ -24,9 +27,16 @@ class _NoisyRecurrent(nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         self._update_flat_weights()
         drawn = list(self._flat_weights)
+        factors = {}
         for name, noise in noises_of(self).items():
-            drawn[self._flat_weights_names.index(name)] = noise.sample_weight(getattr(self, name))
-        return _with_weights(self, self._plain, drawn).forward(input, hx)
+            weight, place = getattr(self, name), self._flat_weights_names.index(name)
+            own = noise.factors_of_sequences(sequences_in(self, input), weight)
+            if own is None:
+                drawn[place] = noise.sample_weight(weight)
+            else:
+                drawn[place], factors[name] = noise.masked(weight), own
+        view = _with_weights(self, self._plain, drawn)
+        return stepwise(view, input, hx, factors) if factors else view.forward(input, hx)
 
 
 def _with_weights(layer: nn.RNNBase, plain: type[nn.RNNBase], weights: list[Tensor | None]) -> nn.RNNBase:

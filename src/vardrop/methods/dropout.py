@@ -16,9 +16,9 @@ from vardrop.noise import BernoulliNoise, Layout, MultiplicativeGate, Multiplica
 class BernoulliDropout(Method):
     """Bernoulli dropout: each input of a layer is dropped with a fixed probability and the rest is scaled up.
 
-    In recurrent layers the inputs and the hidden units that flow back, in embeddings the words, are dropped once for
-    all time steps of a minibatch, by zeros in the weights: binary variational dropout (arXiv:1512.05287). A rate of 0
-    with another `recurrent_rate` drops the hidden units alone.
+    In recurrent layers the inputs and the hidden units that flow back are dropped once for all time steps of a
+    sequence, each sequence for itself: binary variational dropout (arXiv:1512.05287). In embeddings the words are, once
+    for a minibatch. A rate of 0 with another `recurrent_rate` drops the hidden units alone.
 
     Args:
         rate: probability of dropping, in [0, 1).

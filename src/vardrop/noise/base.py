@@ -79,6 +79,13 @@ class Noise(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it draws a whole weight")
 
+    def factors_of_sequences(self, sequences: int, weight: Tensor) -> Tensor | None:
+        """``(sequences, inputs)``: by what the inputs of a `weight` are multiplied at every step of each sequence.
+
+        ``None`` where noise acts on the weight, the same for all sequences of a minibatch, or is off.
+        """
+        return None
+
     def log_alpha(self, weight: Tensor) -> Tensor | None:
         """``log(variance / mean^2)`` of each element, or ``None`` where the family has no such thing."""
         return None

@@ -45,6 +45,9 @@ class BernoulliNoise(Noise):
         shape = torch.Size(size if axis == self.in_axis else 1 for axis, size in enumerate(weight.shape))
         return self.thinned(weight, shape, 1)
 
+    def factors_of_sequences(self, sequences: int, weight: Tensor) -> Tensor | None:
+        return self.factors(torch.Size((sequences, weight.shape[1])), weight) if self.drawn else None
+
     def thinned(self, value: Tensor, shape: torch.Size, examples: int) -> Tensor:
         """`value` with inputs dropped; they are counted by `shape`, so many `examples` one after another."""
         return value * self.factors(shape, value)
@@ -104,6 +107,9 @@ class AdversarialNoise(BernoulliNoise):
         assert self.first is not None
         self.first.append(FirstPass(value.detach(), value._version, factors, product, examples))
         return product
+
+    def factors_of_sequences(self, sequences: int, weight: Tensor) -> Tensor | None:
+        return None  # the worst mask is found for the whole minibatch
 
     def begin(self) -> None:
         """From now on what is drawn is kept, in ``first``."""
