@@ -54,7 +54,7 @@ def is_folder(path: Path) -> bool:
     """
     try:
         return path.resolve().is_dir()
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise StorageError(f"{str(path)!r:.80} cannot be a path ({error}): choose another") from error
 
 
@@ -83,7 +83,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise StorageError(f"{path} is not readable JSON ({error})") from error
-    if not isinstance(run, dict) or not run.keys() >= TOLD or not run["config"].keys() >= {"net", "data", "method"}:
+    config = run.get("config") if isinstance(run, dict) and run.keys() >= TOLD else None
+    if not isinstance(config, dict) or not config.keys() >= {"net", "data", "method"}:
         raise StorageError(
             f"{path} is no record of a run: {folder} must be the folder of a finished `vardrop compress`"
         )

@@ -197,9 +197,10 @@ def latencies(
     try:
         with torch.no_grad(), in_eval_mode(*(c for c in candidates.values() if isinstance(c, nn.Module))):
             for turn in range(-max(1, repeats // 10), repeats):
-                for name, call in calls.items():
+                for name, (call, arguments) in calls.items():
+                    fresh = copied(arguments)
                     started = perf_counter()
-                    call()
+                    call(*fresh)
                     if wait:
                         torch.accelerator.synchronize()
                     if turn >= 0:
@@ -387,10 +388,10 @@ def _as_tuple(inputs: Inputs) -> tuple[Any, ...]:
     return found
 
 
-def _as_call(candidate: Candidate, inputs: Inputs | None) -> Callable[[], object]:
+def _as_call(candidate: Candidate, inputs: Inputs | None) -> tuple[Callable[..., object], tuple[Any, ...]]:
+    """What is timed, and its arguments."""
     if not isinstance(candidate, nn.Module):
-        return candidate
+        return candidate, ()
     if inputs is None:
         raise InvalidValueError("example_inputs=None: a module needs example inputs to be timed on")
-    arguments = _as_tuple(inputs)
-    return lambda: candidate(*arguments)
+    return candidate, _as_tuple(inputs)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     """Puts `models` into eval mode, and each of their modules back into its own mode afterwards.
 
-    A model whose own ``train`` does more than that, such as to take merged weights apart, does so at both ends.
+    A module whose own ``train`` does more than that, such as to take merged weights apart, does so at both ends.
     """
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
@@ -22,8 +22,9 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for model in models:
-            model.train(modes[model])
+        for module, training in modes.items():  # parents come before their children
+            if module.training != training:
+                module.train(training)
         for module, training in modes.items():
             module.training = training
 

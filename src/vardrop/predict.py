@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from types import TracebackType
@@ -145,7 +145,8 @@ def _passes(model: nn.Module, x: Tensor | tuple[Any, ...], samples: int) -> Iter
 
     The first is a plain call, which also tells how many fit into one pass. The others run under ``vmap``, in which
     every random number is drawn anew for each sample, be it one for each example or one for the whole minibatch.
-    What ``vmap`` cannot follow, such as recurrent layers, is called once for each sample, and so is a model with hooks.
+    What ``vmap`` cannot follow, such as the recurrent layers of torch, is called once for each sample, and so is a
+    model with hooks.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InvalidValueError(f"samples={samples!r}: must be a whole number, at least 1")
@@ -173,6 +174,8 @@ def _first_pass(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, int]
 
     def record(module: nn.Module, given: Any, output: Any) -> None:
         sizes.extend(value.numel() for value in (*given, output) if isinstance(value, Tensor))
+        if isinstance(module, nn.RNNBase):
+            sizes.append(4 * tree_leaves(output)[0].numel())  # the gates of all steps
 
     layers = (module for module in model.modules() if not isinstance(module, Noise))
     handles = [layer.register_forward_hook(record) for layer in layers]
@@ -201,7 +204,7 @@ def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor
     It cannot follow one that keeps what it computes, on a module or in lists and dicts there: then the model is given
     back as it was.
     """
-    before = [(holder, holder.copy()) for holder in _holders(model)]
+    before = [(holder, type(holder)(holder)) for holder in _holders(model)]
     found: Tensor | None
     try:
         with batched(model):
@@ -209,10 +212,8 @@ def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor
             found = each(torch.empty(samples))
     except RuntimeError:
         found = None
-    kept = (leaf for holder in _holders(model) for leaf in (holder.values() if isinstance(holder, dict) else holder))
-    if found is None or any(
-        torch._C._functorch.is_batchedtensor(leaf) for leaf in tree_leaves(list(kept)) if isinstance(leaf, Tensor)
-    ):
+    kept = (leaf for holder in _holders(model) for value in _values(holder) for leaf in _leaves(value))
+    if found is None or any(torch._C._functorch.is_batchedtensor(leaf) for leaf in kept):
         for holder, content in before:
             holder.clear()
             holder.update(content) if isinstance(holder, dict) else holder.extend(content)
@@ -221,12 +222,28 @@ def _together(model: nn.Module, inputs: tuple[Any, ...], samples: int) -> Tensor
 
 
 def _holders(model: nn.Module) -> list[dict[Any, Any] | list[Any]]:
-    """The attributes of each module of `model`, and the lists and dicts among them, and within these."""
+    """The attributes of each module of `model`, and the lists and dicts among them, and within these.
+
+    Those of a class of their own look after themselves.
+    """
     found: dict[int, dict[Any, Any] | list[Any]] = {}
     left: list[Any] = [vars(module) for module in model.modules()]
     while left:
         holder = left.pop()
-        if isinstance(holder, dict | list) and id(holder) not in found:
+        if type(holder) in (dict, list) and id(holder) not in found:
             found[id(holder)] = holder
-            left += holder.values() if isinstance(holder, dict) else holder
+            left += _values(holder)
     return list(found.values())
+
+
+def _values(holder: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    """The tensors in a `value` of a holder, but for those in holders of their own."""
+    if isinstance(value, Tensor):
+        return [value]
+    if value is None or isinstance(value, str | int | float) or type(value) in (dict, list):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -260,7 +260,7 @@ def _one_epoch(
 def _nll(model: nn.Module, x: Tensor, y: Tensor, share: float, accelerator: Any, passes: list[Tensor]) -> Tensor:
     """`share` times the mean negative log-likelihood, nats, of one pass, whose logits join `passes`."""
     with accelerator.autocast():
-        logits = model(x)
+        logits = model(x.clone())  # a second pass of adversarial dropout begins with the same inputs
     passes.append(logits.float())
     return share * F.cross_entropy(passes[-1], y)
 

@@ -482,6 +482,8 @@ def test_convolutions_whose_variances_come_out_below_zero_give_numbers(fast):
     x = (torch.randn(32, 16, 28, 28) - 2.0).relu()
     with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):  # then others compute, by Winograd
         warnings.simplefilter("ignore")
+        if nn.functional.conv2d(x.square(), torch.full((32, 16, 3, 3), 1e-4), padding=1).min() >= 0:
+            pytest.skip("convolutions are done otherwise here")
         assert F.conv2d_moments(x, net[0].weight, net[0].noise.log_std, padding=1)[1].min() >= 0
         output = net(x)
         output.square().sum().backward()

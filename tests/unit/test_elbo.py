@@ -171,6 +171,9 @@ def test_an_alpha_that_all_weights_share_kills_none_of_them(method):
     with torch.no_grad():
         model.noise.shared_log_alpha.fill_(5.0)
     assert vd.prune(model).alive == 200
+    narrow = vd.convert(nn.Linear(1, 20), vd.VBD(alpha="input", init_log_alpha=8.0))  # an alpha of one input is its own
+    with pytest.warns(EmptyLayerWarning):
+        assert vd.prune(narrow).alive == 1
 
 
 def test_prune_refuses_what_it_cannot_judge():

@@ -145,9 +145,10 @@ def test_a_record_without_its_parts_is_told_to_be_damaged(evaluated, tmp_path):
     folder, _, _ = evaluated
     again = shutil.copytree(folder, tmp_path / "again")
     whole = json.loads((again / "run.json").read_text())
-    for part in ("history", "seed", "pruned", "config"):
-        damaged = {key: value for key, value in whole.items() if key != part}
-        (again / "run.json").write_text(json.dumps({**damaged, "config": {}} if part == "config" else damaged))
+    parts = ("history", "seed", "pruned", "config")
+    without = [{key: value for key, value in whole.items() if key != part} for part in parts]
+    for damaged in (*without, {**whole, "config": {}}, {**whole, "config": 5}, []):
+        (again / "run.json").write_text(json.dumps(damaged))
         with pytest.raises(StorageError, match="is no record of a run"):
             report(again)
 

@@ -138,6 +138,12 @@ def test_a_name_that_nothing_can_have_is_refused(tmp_path, name):
         files.replace_file(tmp_path / name, Path.touch)
 
 
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(StorageError, match="cannot be a path"):
+        vd.save(nn.Linear(2, 2), tmp_path / "loop")
+
+
 def test_missing_truncated_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(StorageError, match=r"vardrop.json does not exist"):
         vd.load(tmp_path, build)

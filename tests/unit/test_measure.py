@@ -21,6 +21,7 @@ from vardrop.measure import (
     living_units,
     open_units,
 )
+from vardrop.modes import in_eval_mode
 from vardrop.noise import InputGate
 from vardrop.zoo import Split, load_data
 
@@ -143,9 +144,17 @@ def test_measuring_leaves_a_net_and_its_inputs_as_they_were():
     net, x = Merging(), torch.zeros(2, 3)
     assert flops(net, x) == 24 and open_units(net, x) == []
     assert not net.merged and net.training and not x.any()
-    latencies({"net": net}, x.clone(), repeats=1)
-    assert not net.merged
+    latencies({"net": net}, x, repeats=1)
+    assert not net.merged and not x.any()
     net(x.clone()).sum().backward()  # what it keeps can be trained on
+
+
+def test_a_part_that_merges_its_weights_is_put_back_by_its_own_way():
+    net = nn.Sequential(Merging(), Merging()).eval()
+    net[1].train()
+    with in_eval_mode(net):
+        assert [part.merged for part in net] == [True, True]
+    assert [part.merged for part in net] == [True, False]
 
 
 def test_flops_are_those_without_noise_whatever_its_switch_says():

@@ -194,6 +194,23 @@ def test_what_a_net_does_to_its_input_and_keeps_in_lists_outlives_no_pass_togeth
     copy.deepcopy(net)
 
 
+class Guarded(dict):
+    """A dict that is made by other arguments, and is not to be changed by others."""
+
+    def __init__(self, one, other):
+        super().__init__({one: other})
+
+    clear = update = copy = None
+
+
+def test_containers_of_a_class_of_their_own_look_after_themselves():
+    net = vd.convert(Collecting(), vd.SparseVD(init_log_std=-1.0))
+    net.guarded, net.empty = Guarded("x", torch.ones(1)), []
+    net.empty.append(net.empty)
+    assert vd.draws(net, torch.zeros(5, 4), samples=4).shape == (4, 5, 3)
+    assert list(net.guarded) == ["x"] and len(net.seen) == 4
+
+
 def test_hooks_see_every_draw_by_itself():
     net, seen = vd.convert(nn.Linear(4, 3), vd.ARD(init_log_std=0.0)), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(output))

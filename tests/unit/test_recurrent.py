@@ -287,6 +287,21 @@ def test_step_by_step_torchs_own_dropout_stays_and_a_state_of_another_shape_is_r
         stepwise(net, x, (torch.zeros(2, 1, 4), torch.zeros(2, 1, 4)), {})
 
 
+@every_kind
+def test_binary_dropout_refuses_what_torch_refuses_and_keeps_its_types(kind):
+    net = vd.convert(KINDS[kind](7, 9), vd.BernoulliDropout())
+    for wrong in (torch.zeros(4, 3, 1), torch.zeros(0, 3, 7), torch.zeros(7), torch.zeros(1, 1, 1, 7)):
+        with pytest.raises((RuntimeError, ValueError)):
+            net(wrong)
+    with pytest.raises(ValueError, match="dtype"):
+        net(torch.zeros(4, 3, 7, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        for dropped, plain in zip(
+            leaves(net(torch.randn(4, 3, 7))), leaves(net.eval()(torch.randn(4, 3, 7))), strict=True
+        ):
+            assert dropped.dtype == plain.dtype
+
+
 def with_masks(kind, net, x, on_inputs, on_hidden):
     """Outputs of a recurrence from zero whose inputs and fed-back hidden units are masked at each of its steps."""
     h, c, outputs = torch.zeros(9, dtype=x.dtype), torch.zeros(9, dtype=x.dtype), []

@@ -15,10 +15,11 @@ from vardrop.noise import AdversarialNoise, Layout, Noise
 class AdversarialDropout(Method):
     """Adversarial dropout: Bernoulli dropout, and again with the worst mask near the random one; nothing dies.
 
-    The loss is that of a pass with a random mask plus `weight` times that of a second pass, whose mask differs from
-    the first in at most the share `budget` of the inputs of a layer, for each example: those whose change raises the
-    loss the most to first order. The divergence from the labels is the loss itself, as in the paper's supervised form.
-    A second pass has to be run, so :class:`vardrop.ELBO` takes a function in place of its loss.
+    The loss is that of a pass with a random mask plus `weight` times that of a second pass, whose mask differs from the
+    first in at most the share `budget` of the inputs of a layer, for each example: those whose change raises the loss
+    the most to first order; in a recurrent layer for the whole minibatch. The divergence from the labels is the loss
+    itself, as in the paper's supervised form. A second pass has to be run, so :class:`vardrop.ELBO` takes a function in
+    place of its loss.
 
     It attacks every layer that is converted; on many of them, or before the net has learned anything, the surest
     answer to it is to learn nothing. Its paper attacks the last hidden layer: ``include`` that one, after plain epochs.

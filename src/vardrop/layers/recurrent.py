@@ -1,6 +1,6 @@
 """Noisy recurrent layers: one draw of the weights serves all time steps and the whole minibatch.
 
-Of noise that drops inputs each sequence has a draw of its own, for all of its time steps (arXiv:1512.05287).
+Of Bernoulli dropout each sequence has a draw of its own, for all of its time steps (arXiv:1512.05287).
 
 The output of step t depends on the same recurrent weights as its input, so it is not Gaussian given that input and
 local reparameterisation does not apply (arXiv:1708.00077, section 3). The biases carry no noise.

@@ -18,7 +18,7 @@ def sequences_in(layer: nn.RNNBase, given: Tensor | PackedSequence) -> int:
     """How many sequences the input of `layer` holds."""
     if isinstance(given, PackedSequence):
         return int(given.batch_sizes[0])
-    return 1 if given.dim() == 2 else given.shape[0 if layer.batch_first else 1]
+    return given.shape[0 if layer.batch_first else 1] if given.dim() == 3 else 1
 
 
 def stepwise(layer: nn.RNNBase, given: Any, hx: Any, factors: Mapping[str, Tensor]) -> tuple[Any, Any]:
@@ -29,17 +29,26 @@ def stepwise(layer: nn.RNNBase, given: Any, hx: Any, factors: Mapping[str, Tenso
         given: its input, of any form that it takes.
         hx: its first state, or ``None``.
         factors: by the name of a weight such as ``weight_hh_l0``, ``(sequences, inputs of that weight)``.
+
+    Raises:
+        ValueError: the input has another number of dimensions, or another type than the weights.
+        RuntimeError: it has another width, or no step; or `hx` has another shape.
     """
     packed = given if isinstance(given, PackedSequence) else None
     unbatched = packed is None and given.dim() == 2
     if packed is None:
+        if given.dim() not in (2, 3) or not given.numel():
+            raise ValueError(f"input of shape {tuple(given.shape)}: must be 2-D or 3-D, with a step at least")
         x = given.unsqueeze(1) if unbatched else given.transpose(0, 1) if layer.batch_first else given
         sizes = [x.shape[1]] * len(x)
         data = x.flatten(0, 1)
     else:
         data, sizes = packed.data, packed.batch_sizes.tolist()
+    layer.check_input(data, torch.tensor(sizes))
     first = _first_state(layer, data, hx, sizes[0], None if packed is None else packed.sorted_indices, unbatched)
+    dtype = _dtype(layer, data)
     data, last = _layers(layer, data, sizes, first, factors)
+    data, last = data.to(dtype), tuple(part.to(dtype) for part in last)
     if packed is None:
         y = data.unflatten(0, (len(sizes), sizes[0]))
         output: Any = y.squeeze(1) if unbatched else y.transpose(0, 1) if layer.batch_first else y
@@ -49,6 +58,14 @@ def stepwise(layer: nn.RNNBase, given: Any, hx: Any, factors: Mapping[str, Tenso
         if packed.unsorted_indices is not None:
             last = tuple(part[:, packed.unsorted_indices] for part in last)
     return output, last if isinstance(layer, nn.LSTM) else last[0]
+
+
+def _dtype(layer: nn.RNNBase, data: Tensor) -> torch.dtype:
+    """That of the outputs which torch gives for steps of `data`."""
+    if not torch.is_autocast_enabled(data.device.type):
+        return data.dtype
+    with torch.no_grad():
+        return cast(torch.dtype, layer.forward(data[:1])[0].dtype)
 
 
 def _first_state(

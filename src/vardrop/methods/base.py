@@ -150,7 +150,7 @@ class WeightMethod(Method):
         if self.rule == "magnitude":
             return weight.detach().double().abs()
         log_alpha = noise.log_alpha(weight)
-        if log_alpha is None or (isinstance(noise, MultiplicativeNoise) and noise.shared_log_alpha.numel() == 1):
+        if log_alpha is None or (isinstance(noise, MultiplicativeNoise) and noise.sharing == "layer"):
             return None  # what all weights share tells nothing of any
         log_alpha = log_alpha.detach().double()
         return -log_alpha if self.rule == "log_alpha" else torch.exp(-0.5 * log_alpha)

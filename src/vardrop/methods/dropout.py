@@ -18,7 +18,8 @@ class BernoulliDropout(Method):
 
     In recurrent layers the inputs and the hidden units that flow back are dropped once for all time steps of a
     sequence, each sequence for itself: binary variational dropout (arXiv:1512.05287). In embeddings the words are, once
-    for a minibatch. A rate of 0 with another `recurrent_rate` drops the hidden units alone.
+    for a minibatch. A rate of 0 with another `recurrent_rate` drops the hidden units alone. With masks a recurrent
+    layer runs step by step, slower than torch's own.
 
     Args:
         rate: probability of dropping, in [0, 1).

@@ -164,6 +164,7 @@ class MultiplicativeNoise(WeightNoise):
         sampling: Sampling = "local",
     ) -> None:
         super().__init__(sampling)
+        self.sharing = sharing
         reference = at_least_float32(weight.detach())
         start = torch.full(_shared_shape(weight, layout, sharing), log_alpha, dtype=reference.dtype)
         start = start.to(weight.device)
