@@ -22,8 +22,8 @@ PICTURES = {
     "`python results/dependent_gates.py tables/bb-2-fc/dbb/full-seed-0 docs/dependent_gates.svg`, after `vardrop "
     "reproduce bb-2-fc --row DBB`.",
     "random_labels.svg": "What is learned by heart from labels that mean nothing (arXiv:1701.05369): the paper's "
-    "dropout memorises them all, which these runs were too short for; sparse variational dropout throws its weights "
-    "away: `python results/random_labels.py`.",
+    "dropout memorises them all, of which that on MNIST shows the beginning; sparse variational dropout throws its "
+    "weights away: `python results/random_labels.py`.",
     "emptying.png": "LeNet-5-Caffe as it empties under sparse variational dropout: the filters of its first layer and "
     "a corner of its dense one ([as an animation](emptying.gif)): `python results/emptying.py runs/emptying`.",
     "vgg_width.svg": "Error and sparsity of the VGG-like net at the widths that were run, a single seed; 20 epochs "
