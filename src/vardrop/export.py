@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from vardrop.errors import ConversionError, MissingExtraError, StorageError
 from vardrop.files import replace_file
+from vardrop.modes import copied
 from vardrop.refusals import does_not_run
 from vardrop.sites import sites
 from vardrop.surgery.graph import as_batch, quiet
@@ -87,7 +88,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Tensor | tup
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     try:
         with torch.no_grad():
-            found = [leaf.cpu().double() for leaf in tree_leaves(model(*(x.clone() for x in inputs)))]
+            found = [leaf.cpu().double() for leaf in tree_leaves(model(*copied(inputs)))]
     except Exception as error:
         raise ConversionError(does_not_run(model, inputs, error)) from error
     if any(bool(output.isnan().any()) for output in found):
@@ -100,7 +101,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _names(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str] | None:
     """The keys of a model that returns its outputs by name."""
     with torch.no_grad():
-        outputs = model(*(x.clone() for x in inputs))
+        outputs = model(*copied(inputs))
     named = isinstance(outputs, Mapping) and all(isinstance(output, Tensor) for output in outputs.values())
     return list(map(str, outputs)) if named else None
 
